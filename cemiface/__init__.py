@@ -1,0 +1,30 @@
+"""CemiFace, reproduced. `import cemiface` is light: each public name loads its module when first used."""
+__version__ = "0.1.0"
+
+_homes = {
+    "published": ("errata", "beside"),
+    "procfaces": ("world_faces", "benchmark_pairs"),
+    "data": ("FaceSet", "open_faces", "to_float", "to_uint8"),
+    "backbones": ("IResNet", "backbone"),
+    "margins": ("CosFace", "ArcFace", "AdaFace"),
+    "recognition": ("RecogniserConfig", "train_recogniser", "embed", "class_centres", "save_recogniser", "load_recogniser"),
+    "verification": ("verify", "evaluate"),
+    "groups": ("similarity_groups", "group_table"),
+    "conditioning": ("Conditioner", "GeneratorConfig", "GENERATORS", "face_unet", "face_conditioner"),
+    "simmat": ("SimMatConfig", "simmat_loss", "train_generator"),
+    "pipeline": ("CemiFacePipeline", "shipped_pipeline"),
+    "synthesis": ("generate_set", "select_inquiries", "m_grid"),
+}
+_home_of = {name: f"{__name__}.{module}" for module, names in _homes.items() for name in names}
+# diffusers looks here for the base class that tells it how to load a component recorded as ["cemiface", "Conditioner"].
+_home_of["ModelMixin"] = "diffusers"
+__all__ = sorted(set(_home_of) - {"ModelMixin"})
+
+
+def __getattr__(name):
+    if name not in _home_of: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(_home_of[name]), name)
+
+
+def __dir__(): return sorted({*globals(), *__all__})

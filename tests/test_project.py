@@ -1,0 +1,161 @@
+"The project around the library: notebooks fit to publish, package metadata, README in step with its notebook."
+import ast, configparser, importlib.resources, json, os, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import cemiface
+from readme import ROOT, readme, relink
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))
+MODULES = sorted((ROOT / "cemiface").rglob("*.py"))
+ABSOLUTE = re.compile(r"(?<![\w.:/<~])/(?:[\w.+-]+/)+[\w.+-]+|\b[A-Z]:\\\w")  # a path from the root, at least one folder deep
+PROGRESS = re.compile(r"\d+%\||\bit/s\b|\bs/it\b")
+IMPORT_NAME = {"scikit-learn": "sklearn", "pillow": "PIL"}
+here = lambda p: p.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def settings():
+    config = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def cells(path, kind="code"): return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+def output_texts(path): # every text of every output, joined
+    for cell in cells(path):
+        for out in cell["outputs"]:
+            yield "".join(out.get("text", ""))
+            yield from ("".join(v) for k, v in out.get("data", {}).items() if k.startswith("text/"))
+
+def imported(path): # top-level packages that a module imports anywhere
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): yield from (a.name.split(".")[0] for a in node.names)
+        if isinstance(node, ast.ImportFrom) and node.level == 0: yield node.module.split(".")[0]
+
+
+# --- notebooks
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=here)
+def test_notebook_is_fit_to_publish(path):
+    assert path.stat().st_size <= 500_000, "over 500 KB: fewer or smaller figures"
+    assert not [o for c in cells(path) for o in c["outputs"] if o["output_type"] == "error"]
+    for text in output_texts(path):
+        assert not ABSOLUTE.search(text), f"an absolute path in an output: {ABSOLUTE.search(text)[0]}"
+        assert not PROGRESS.search(text), f"a progress bar in an output: {PROGRESS.search(text)[0]}"
+    sources = "\n".join("".join(c["source"]) for c in cells(path) + cells(path, "markdown"))
+    assert str(ROOT) not in sources and str(Path.home()) + os.sep not in sources
+
+
+@pytest.mark.parametrize("text,bad", [("/home/me/x.png", True), ("see '/tmp/a/b'", True), (r"C:\Users", True), ("cemiface/data.py", False),
+                                      ("https://a.b/c/d", False), ("<td>1</td>", False), ("1/2/3", False), ("../nbs/x/y", False)])
+def test_absolute_paths_are_told_from_others(text, bad): assert bool(ABSOLUTE.search(text)) == bad
+
+
+def test_notebooks_fit_together():
+    assert sum(p.stat().st_size for p in NOTEBOOKS) <= 10_000_000
+    names = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join("".join(c["source"]) for p in NOTEBOOKS for c in cells(p)), re.M)
+    assert len(names) == len(set(names)), "two notebooks export one module"
+    assert all((ROOT / "cemiface" / f"{n.replace('.', '/')}.py").exists() for n in names)
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "paper"], ids=here)
+def test_result_notebook_keeps_its_results(path): assert any(c["outputs"] for c in cells(path))
+
+
+def test_sidebar_lists_every_notebook_once():
+    def walk(items): return [o for i in items for o in (walk(i["contents"]) if isinstance(i, dict) else [i])]
+    listed = walk(yaml.safe_load((ROOT / "nbs/sidebar.yml").read_text())["website"]["sidebar"]["contents"])
+    assert sorted(listed) == sorted(p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS)
+
+
+# --- documentation site and README
+
+def test_site_configuration(settings):
+    assert (ROOT / "nbs/_quarto.yml").is_symlink() and os.readlink(ROOT / "nbs/_quarto.yml") == "../_quarto.yml"
+    quarto, generated = (yaml.safe_load((ROOT / f).read_text()) for f in ("_quarto.yml", "nbs/nbdev.yml"))
+    assert quarto["project"]["type"] == "website" and all((ROOT / "nbs" / f).exists() for f in [*quarto["metadata-files"], quarto["format"]["html"]["css"]])
+    assert generated["project"]["output-dir"] == settings["doc_path"] and settings["custom_sidebar"] == "True"
+    site = dict(title="title", description="description", **{"repo-branch": "branch", "repo-url": "git_url"})
+    assert {k: generated["website"][k] for k in site} == {k: settings[v] for k, v in site.items()}
+
+
+def test_readme_is_the_index_notebook(): assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(), "run `python tests/readme.py`"
+
+
+def test_readme_commands():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert "pip install -e . && cemiface reproduce" in lines
+    assert [o for o in lines if o.startswith("pip install -e '.[dev]'")] == ["pip install -e '.[dev]' && nbdev_test && pytest"]
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:|#)([^)\s#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert links and [o for o in links if not (ROOT / o).exists()] == []
+
+
+def test_relink():
+    assert relink("![a](images/a.png) [b](x.ipynb)") == "![a](nbs/images/a.png) [b](nbs/x.ipynb)"
+    assert relink("[c](https://x.y/z) [d](#e) [f](../LICENSE)") == "[c](https://x.y/z) [d](#e) [f](LICENSE)"
+    assert relink('<img src="images/a.png">') == '<img src="nbs/images/a.png">'
+    assert relink("```\n[b](x)\n```\n[b](x)") == "```\n[b](x)\n```\n[b](nbs/x)"
+
+
+def test_readme_keeps_visible_code_and_drops_hidden(tmp_path):
+    code = lambda source, *outs: dict(cell_type="code", source=source, outputs=[dict(output_type="stream", text=o) for o in outs])
+    book = [dict(cell_type="markdown", source="# T\n\n> d"), code("#| hide\nsecret = 1"), code("#| echo: true\nprint(2)", "2\n")]
+    (tmp_path / "index.ipynb").write_text(json.dumps(dict(cells=book)))
+    text = readme(tmp_path / "index.ipynb")
+    assert text.startswith("# T\n\n> d\n\n<!-- WARNING") and "secret" not in text
+    assert text.endswith("```python\nprint(2)\n```\n\n```\n2\n```\n")
+
+
+# --- package
+
+def test_settings(settings):
+    assert settings["lib_name"] == settings["lib_path"] == "cemiface" and settings["license"] == "apache2" and settings["min_python"] == "3.11"
+    assert settings["version"] == cemiface.__version__ and f"## {cemiface.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert settings["tst_flags"] == "notest" and settings["update_pyproject"] == "False" and "cell_number" not in settings
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+
+
+def test_requirements(settings):
+    run, dev = ({r.name: r for r in map(Requirement, settings[k].split())} for k in ("requirements", "dev_requirements"))
+    assert "2.13.0" in run["torch"].specifier and "2.10" not in run["torch"].specifier and "2.14" not in run["torch"].specifier
+    assert {"nbdev", "execnb", "fastcore", "ghapi", "pytest"} <= set(dev) and not set(run) & set(dev)
+    assert "2.4.14" in dev["nbdev"].specifier and "3.0" not in dev["nbdev"].specifier and "2.0" not in dev["fastcore"].specifier
+    used = {o for p in MODULES for o in imported(p)} - set(sys.stdlib_module_names) - {"cemiface"}
+    assert used <= {IMPORT_NAME.get(o, o) for o in run}, "imported by the library, but not among its requirements"
+
+
+def test_commands_exist(settings):
+    name, target = settings["console_scripts"].split("=")
+    module, attribute = target.split(":")
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    assert name == "cemiface" and path.exists()
+    assert re.search(rf"^{attribute}\s*=", path.read_text(), re.M)
+
+
+def test_import_is_light():
+    heavy = ["nbdev", "fastcore", "execnb", "IPython", "matplotlib.pyplot", "torch"]
+    found = subprocess.run([sys.executable, "-c", f"import sys, cemiface; print([o for o in {heavy!r} if o in sys.modules])"],
+                           capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert found.strip() == "[]"
+
+
+def test_package_data():
+    data = json.loads(importlib.resources.files("cemiface").joinpath("published.json").read_text(encoding="utf-8"))
+    assert data["tables"] and data["errata"]
+    folder = ROOT / "cemiface"
+    there = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert there == {*folder.glob("*.json"), *(p for p in folder.glob("weights/**/*") if p.is_file())}, "a data file that setup.py does not ship"
+
+
+def test_ci_runs_the_readme():
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script]).returncode == 0
+    assert "grep -m1" in script.read_text() and "nbdev_test" not in script.read_text(), "the test command stands in README.md alone"

@@ -1,0 +1,125 @@
+"`cemiface reproduce`: a subset at the smallest size, killed and continued, answered from the cache, with a failure on the way."
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from cemiface import experiments
+from cemiface.experiments import Finding, PROFILES, Study, in_order, reproduce
+
+torch.set_num_threads(1)
+COMMAND = [sys.executable, "-c", "from cemiface.cli import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
+           "--results", "table1", "--results", "figure2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def finished(out):
+    return {p.parent: p.stat().st_mtime_ns for p in (out / "cache").rglob("job.pkl")}
+
+
+def command(out, **how):
+    return subprocess.run([*COMMAND, "--out", str(out)], capture_output=True, text=True, env=ENVIRONMENT, timeout=170, **how)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    "The folder of a run that was killed after its fifth step and then given again; with what stood before and the second run's words."
+    out = tmp_path_factory.mktemp("out")
+    run = subprocess.Popen([*COMMAND, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
+    while len(finished(out)) < 5 and run.poll() is None: time.sleep(.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    before = finished(out)
+    done = command(out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, before, done.stdout + done.stderr
+
+
+def test_goes_on_after_kill(killed):
+    out, before, said = killed
+    after = finished(out)
+    assert 5 <= len(before) < len(after)
+    assert all(after[p] == t for p, t in before.items())  # what was finished was not made again
+    todo = int(re.search(r"\[1/(\d+)\]", said)[1])
+    assert todo == len(after) - len(before)
+
+
+def test_ends_where_an_undisturbed_run_ends(killed, tmp_path):
+    out, _, _ = killed
+    found = reproduce("smoke", ["table1"], tmp_path, seeds=1, say=lambda line: None)
+    again = pd.read_csv(out / "smoke" / "tables" / "table1.csv")
+    pd.testing.assert_frame_equal(found["table1"].table.astype(float), again.astype(float))
+
+
+def test_second_run_answers_from_the_cache(killed):
+    out, _, _ = killed
+    before, start = finished(out), time.perf_counter()
+    done = command(out)
+    assert done.returncode == 0 and finished(out) == before
+    assert "in the cache" in done.stdout + done.stderr and "to do" not in done.stdout + done.stderr
+    assert time.perf_counter() - start < 30  # most of it is importing torch
+
+
+def test_the_page_holds_everything(killed):
+    folder = killed[0] / "smoke"
+    page = (folder / "index.html").read_text()
+    assert "proc-LFW" in page and "data:image/png;base64," in page and 'src="http' not in page
+    assert "smoke" in page and "Not made" not in page
+    assert (folder / "figures" / "figure2.png").stat().st_size > 2000
+    table = pd.read_csv(folder / "tables" / "table1.csv")
+    assert len(table) == 5 and {"proc-LFW", "LFW published", "AVG", "AVG published"} <= set(table.columns)
+    assert (folder / "tables" / "table1.md").read_text().count("\n") == 7
+    assert "Table 1" in killed[2] and str(folder) in killed[2]
+
+
+def test_a_failure_is_named_and_the_rest_goes_on(killed, monkeypatch):
+    out, said = killed[0], []
+    def fails(*args, **kwargs): raise OSError("no space left on device")
+    monkeypatch.setattr(experiments, "generate_set", fails)
+    profile = PROFILES["smoke"].model_copy(update=dict(ms=(1.0, 0.0)))
+    found = reproduce(profile, ["table11", "table9"], out, seeds=1, say=said.append)
+    assert isinstance(found["table9"], Finding)
+    assert found["table11"].startswith("Not made: set of") and "no space left" in found["table11"]
+    assert "Not made" in (out / "smoke" / "index.html").read_text()
+    monkeypatch.undo()
+    found = reproduce(profile, ["table11"], out, seeds=1, say=said.append)  # tried again
+    assert isinstance(found["table11"], Finding) and len(found["table11"].table) == 2
+    assert isinstance(found["table1"], Finding)  # of the run before: the page keeps it
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
+    said = []
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(experiments, "train_recogniser", stop)
+    with pytest.raises(SystemExit) as end: reproduce("smoke", ["table9"], tmp_path, seeds=1, say=said.append)
+    assert end.value.code == 130 and "same command goes on" in said[-1]
+    assert len(finished(tmp_path)) == 1  # the faces
+
+
+def test_shipped_weights_are_used_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "shipped_pipeline", lambda: experiments.untrained_pipeline(experiments.GENERATORS["smoke"]))
+    monkeypatch.setattr(experiments, "shipped_hash", lambda: "0123456789ab")
+    experiments.shipped_models.cache_clear()
+    profile = PROFILES["smoke"].model_copy(update=dict(shipped=True))
+    found = reproduce(profile, ["control", "table9"], tmp_path, seeds=1, say=lambda line: None)
+    experiments.shipped_models.cache_clear()
+    assert all(isinstance(f, Finding) for f in found.values()), found
+    assert "class mean" in found["table9"].text and list(found["control"].table.m) == sorted(profile.control_ms, reverse=True)
+    assert "shipped with the package" in (tmp_path / "smoke" / "index.html").read_text()
+    assert not list(tmp_path.rglob("*Generator*/*/train"))  # nothing was trained
+    other = Study(profile, tmp_path, from_scratch=True)
+    assert other.name == "smoke-from-scratch" and other.generator().infra.uid() != Study(profile, tmp_path).generator().infra.uid()
+
+
+def test_a_change_up_the_chain_means_another_task(tmp_path):
+    small = Study("smoke", tmp_path)
+    other = Study(PROFILES["smoke"].model_copy(update=dict(per_subject=21)), tmp_path)
+    uids = [{t.infra.uid() for t in in_order([s.set_training(0.0, 0), s.benchmarks()])} for s in (small, other)]
+    assert uids[0] & uids[1] == {small.benchmarks().infra.uid()}  # only the benchmarks do not hang on the faces
+    assert small.set_training(0.0, 0).infra.uid() != small.set_training(0.0, 1).infra.uid()
