@@ -7,14 +7,14 @@ __all__ = ['app', 'BAD_INPUT', 'Out', 'Device', 'Faces', 'Seed', 'Subjects', 'Pe
            'claim', 'reproduce', 'demo', 'generate', 'train_recogniser', 'own_pairs', 'verify', 'groups',
            'train_generator']
 
-# %% ../nbs/16_cli.ipynb #f14ddce0
-import functools, json, os, sys
+# %% ../nbs/16_cli.ipynb #8bd6270b
+import functools, json, os
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
 
-# %% ../nbs/16_cli.ipynb #4c237e38
+# %% ../nbs/16_cli.ipynb #dba92024
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="CemiFace: labelled face sets at a chosen similarity, and the paper's results on one command.\n\n"
                        "A DIR of faces is a folder SUBJECT/*.jpg|png of aligned faces, or proc:WORLD for procedural ones.")
@@ -23,7 +23,7 @@ def _device(name:str|None)->str:
     import torch
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/16_cli.ipynb #c561f9ff
+# %% ../nbs/16_cli.ipynb #08c2cdb5
 BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 def _said(error:BaseException)->str: # without "[Errno 28]" where the message says all
@@ -49,7 +49,7 @@ def one_line_errors(command):
             _complain(name, e); raise typer.Exit(2 if isinstance(e, BAD_INPUT) else 1)
     return run
 
-# %% ../nbs/16_cli.ipynb #bd17e67e
+# %% ../nbs/16_cli.ipynb #2d44a475
 def claim(out:Path, # the output folder
           command:str, # who writes there
           **settings)->Path: # what the content depends on
@@ -66,7 +66,7 @@ def claim(out:Path, # the output folder
     except OSError as e: raise OSError(e.strerror or str(e)) from e # whatever its kind, the input is not to blame
     return out
 
-# %% ../nbs/16_cli.ipynb #00d0d0fd
+# %% ../nbs/16_cli.ipynb #a19e43f2
 Out = Annotated[Path, typer.Option(help="output folder")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda if there is any")]
 Faces = Annotated[str, typer.Option(help="folder SUBJECT/*.jpg|png of aligned faces, or proc:WORLD")]
@@ -95,7 +95,7 @@ def reproduce(
     found = experiments.reproduce(profile, results or None, out, seeds, from_scratch)
     if any(isinstance(f, str) for f in found.values()): raise typer.Exit(1)
 
-# %% ../nbs/16_cli.ipynb #1d86e21b
+# %% ../nbs/16_cli.ipynb #2d8a25c8
 DEMO_MS = (1.0, 0.66, 0.33, 0.0, -0.33, -0.66, -1.0)
 
 @app.command()
@@ -126,7 +126,7 @@ def demo(
     means = zip(DEMO_MS, cos.view(rows, -1).mean(0).tolist())
     typer.echo(f"Mean achieved cosine over {rows} noises: " + ", ".join(f"{c:.2f} at m = {m:g}" for m, c in means) + f"\nThe picture is in {out}")
 
-# %% ../nbs/16_cli.ipynb #1cd6e6cb
+# %% ../nbs/16_cli.ipynb #d231cbf7
 def _open(source:str, size:int, subjects:int|None, per_subject:int|None, seed:int=0, min_per_subject:int=1, strict:bool=False):
     "`open_faces` with sizes for a world that has no end; damaged files are named on stderr."
     import warnings
@@ -157,7 +157,7 @@ def _pipeline(model:Path|None, device:str):
     if not (folder/"model_index.json").exists(): raise ValueError(f"{model} holds no generator (no model_index.json): give a folder made by train-generator")
     return CemiFacePipeline.from_pretrained(folder).to(device)
 
-# %% ../nbs/16_cli.ipynb #00bf5b76
+# %% ../nbs/16_cli.ipynb #48649b31
 @app.command()
 @one_line_errors
 def generate(
@@ -191,7 +191,7 @@ def generate(
     typer.echo(f"{len(faces)} subjects of {per_subject} images at m = {m:g}, and {oversample} copies of each inquiry, {native} px, are in {out}\n"
                f"Train on them: cemiface train-recogniser --data {out} --out MODEL")
 
-# %% ../nbs/16_cli.ipynb #7049ef3b
+# %% ../nbs/16_cli.ipynb #dcc931e5
 @app.command()
 @one_line_errors
 def train_recogniser(
@@ -230,7 +230,7 @@ def _recogniser(model:Path, device:str|None):
     if not model.is_dir(): raise ValueError(f"there is no model folder {model}: give one made by train-recogniser, or the word shipped")
     return load_recogniser(model).model.to(_device(device)).eval()
 
-# %% ../nbs/16_cli.ipynb #967df720
+# %% ../nbs/16_cli.ipynb #df0867e3
 def own_pairs(labels, # [N] subject of each image
               pairs:int, # even
               seed:int=0)->tuple: # indices int64 [2P] (pair i = 2i, 2i+1), issame bool [P]
@@ -240,7 +240,7 @@ def own_pairs(labels, # [N] subject of each image
     same, different = draw_pairs(np.asarray(labels), pairs // 2, np.random.default_rng(seed)) # [2,P/2] each
     return np.stack([same.T, different.T], 1).reshape(-1), np.arange(pairs) % 2 == 0
 
-# %% ../nbs/16_cli.ipynb #2b2d4e38
+# %% ../nbs/16_cli.ipynb #13b905b4
 @app.command()
 @one_line_errors
 def verify(
@@ -275,7 +275,7 @@ def verify(
     typer.echo(table[["pairs", "accuracy", "std", "ci_low", "ci_high", "auc"]].round(2).to_string(na_rep=""))
     typer.echo("Accuracy in percent; std over ten folds; ci: bootstrap 95% interval." + (f" The table is in {out}" if out else ""))
 
-# %% ../nbs/16_cli.ipynb #1504c56b
+# %% ../nbs/16_cli.ipynb #dff25772
 def _names(source:str, faces, subjects:int|None, per_subject:int|None, seed:int)->list:
     "The file of each image of an opened folder; of a world, its number."
     from cemiface.data import choose
@@ -324,7 +324,7 @@ def groups(
     typer.echo(table.round(3).to_string())
     typer.echo(f"{len(faces)} images of {faces.n_subjects} subjects, 0 = most similar: images.csv, groups.csv and groups.png are in {out}")
 
-# %% ../nbs/16_cli.ipynb #1bda6638
+# %% ../nbs/16_cli.ipynb #ef1984a3
 @app.command()
 @one_line_errors
 def train_generator(
@@ -356,6 +356,6 @@ def train_generator(
     simmat = PROFILES[preset].simmat.model_copy(update=asked)
     claim(out, "train-generator", data=data, recogniser=str(recogniser), preset=preset, images=len(faces), **simmat.model_dump())
     unet, conditioner = train(faces, network, config, simmat, out/"train")
-    CemiFacePipeline(unet, conditioner, network, ddim_scheduler()).save_pretrained(out/"pipeline")
+    CemiFacePipeline(unet, conditioner, network, ddim_scheduler(simmat.snr_scale)).save_pretrained(out/"pipeline")
     typer.echo(f"{simmat.steps} steps of {simmat.batch_size} images out of {len(faces)}; the generator is in {out/'pipeline'}\n"
                f"Draw a set: cemiface generate --inquiry proc:webface_1shot --m 0 --model {out} --out SET")

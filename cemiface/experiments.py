@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SEVEN', 'PAPER_DATA', 'SIZES', 'TRAINING', 'PROFILES', 'CACHE', 'RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'Profile',
-           'default_device', 'WorldFaces', 'Benchmarks', 'shipped_models', 'shipped_hash', 'Recogniser', 'Generator',
-           'Groups', 'accuracies', 'GroupTraining', 'Inquiries', 'GeneratedSet', 'SetTraining', 'Samples', 'draw_all',
-           'Study', 'parts', 'in_order', 'Finding', 'Result', 'result', 'all_results', 'over_seeds', 'rank_agreement',
-           'known_rates', 'note_rate', 'measured_rates', 'Step', 'plan', 'told', 'show_plan', 'run_steps', 'markdown',
-           'write_finding', 'facts', 'page', 'findings_of', 'reproduce', 'summary']
+           'default_device', 'WorldFaces', 'Benchmarks', 'shipped_models', 'shipped_centres', 'shipped_hash',
+           'Recogniser', 'Generator', 'Groups', 'accuracies', 'GroupTraining', 'Inquiries', 'GeneratedSet',
+           'SetTraining', 'Samples', 'draw_all', 'Study', 'parts', 'in_order', 'Finding', 'Result', 'result',
+           'all_results', 'over_seeds', 'rank_agreement', 'known_rates', 'note_rate', 'measured_rates', 'Step', 'plan',
+           'told', 'show_plan', 'run_steps', 'markdown', 'write_finding', 'facts', 'page', 'findings_of', 'reproduce',
+           'summary']
 
-# %% ../nbs/15_experiments.ipynb #89408efc
+# %% ../nbs/15_experiments.ipynb #9113e8df
 import base64, hashlib, html, io, json, logging, os, platform, shutil, sys, time
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -35,19 +36,20 @@ from .data import FaceSet, open_faces
 from .groups import cos_to_centre, similarity_groups
 from .pipeline import CemiFacePipeline, ddim_scheduler, shipped_pipeline, untrained_pipeline
 from .procfaces import BENCHMARKS, benchmark_pairs, world_faces
-from .recognition import RecogniserConfig, class_centres, embed, load_recogniser, train_recogniser
+from .recognition import RecogniserConfig, embed, load_recogniser, train_recogniser
 from .records import write_whole
 from .simmat import SimMatConfig, train_generator
 from .synthesis import draw, generate_set, image_seed, select_inquiries
 from .verification import evaluate
 
-# %% ../nbs/15_experiments.ipynb #f9e561e9
+# %% ../nbs/15_experiments.ipynb #6dab3013
 class Profile(BaseModel):
     "Every size that one reproduction uses."
     model_config = ConfigDict(extra="forbid")
     name: str = Field(description="the profile's name, shown with every result")
     size: int = Field(description="image height and width, pixels")
-    subjects: int = Field(description="subjects of the training set")
+    train_subjects: int = Field(description="subjects of the set that E_id and the generator are trained on")
+    subjects: int = Field(description="the first of them, which are cut into similarity groups")
     per_subject: int = Field(description="images of each of them")
     pairs: int = Field(description="pairs of each benchmark")
     teacher: RecogniserConfig = Field(description="E_id: groups the real set, guides and conditions the generator")
@@ -65,36 +67,36 @@ class Profile(BaseModel):
     control_ms: tuple[float, ...] = Field(description="values of m of the control curve and Figure 5")
     missing: tuple[str, ...] = Field(description="data that the user has to bring and that this release cannot read yet")
 
-# %% ../nbs/15_experiments.ipynb #5fe35749
+# %% ../nbs/15_experiments.ipynb #899d62fa
 SEVEN = (1.0, 0.6, 0.3, 0.0, -0.3, -0.6, -1.0)
 PAPER_DATA = ("CASIA-WebFace (train.rec)", "1-shot WebFace4M inquiries",
               "lfw.bin, cfp_fp.bin, agedb_30.bin, calfw.bin, cplfw.bin")
 SIZES = dict(
-    smoke=dict(size=16, subjects=12, per_subject=20, pairs=40, inquiries=12, candidates=24, set_subjects=8,
+    smoke=dict(size=16, train_subjects=12, subjects=12, per_subject=20, pairs=40, inquiries=12, candidates=24, set_subjects=8,
                set_per_subject=6, oversample=2, steps=4, ms=(1.0, 0.0, -1.0), control_ms=SEVEN),
-    laptop=dict(size=32, subjects=200, per_subject=40, pairs=600, inquiries=200, candidates=600, set_subjects=100,
+    laptop=dict(size=32, train_subjects=3000, subjects=300, per_subject=20, pairs=600, inquiries=200, candidates=600, set_subjects=80,
                 set_per_subject=10, oversample=5, steps=20, ms=SEVEN, control_ms=SEVEN),
-    gpu=dict(size=64, subjects=2000, per_subject=50, pairs=3000, inquiries=1000, candidates=3000, set_subjects=1000,
+    gpu=dict(size=64, train_subjects=4000, subjects=2000, per_subject=50, pairs=3000, inquiries=1000, candidates=3000, set_subjects=1000,
              set_per_subject=20, oversample=5, steps=20, ms=tuple(round(1 - .1 * i, 1) for i in range(21)), control_ms=SEVEN),
-    paper=dict(size=112, subjects=10572, per_subject=46, pairs=6000, inquiries=10000, candidates=30000, set_subjects=10000,
+    paper=dict(size=112, train_subjects=10572, subjects=10572, per_subject=46, pairs=6000, inquiries=10000, candidates=30000, set_subjects=10000,
                set_per_subject=10, oversample=5, steps=20, ms=tuple(round(1 - .1 * i, 1) for i in range(21)), control_ms=SEVEN))
 TRAINING = dict(
     smoke=dict(teacher=dict(backbone="ir18", width=8, size=16, margin="adaface", epochs=4, batch_size=32, warmup_steps=4),
                student=dict(backbone="ir18", width=8, size=16, margin="cosface", epochs=2, batch_size=32, warmup_steps=2),
-               simmat=dict(steps=60, batch_size=16, lr=2e-3, warmup_steps=10)),
-    laptop=dict(teacher=dict(backbone="ir50", width=16, size=32, margin="adaface", epochs=20, batch_size=128),
-                student=dict(backbone="ir18", width=16, size=32, margin="cosface", epochs=12, batch_size=128),
-                simmat=dict(steps=20000, batch_size=64)),
+               simmat=dict(steps=60, batch_size=16, lr=2e-3, warmup_steps=10, snr_scale=(112/16)**2)),
+    laptop=dict(teacher=dict(backbone="ir18", width=16, size=32, margin="adaface", epochs=6, batch_size=128, milestones=(.6, .85), warmup_steps=300),
+                student=dict(backbone="ir18", width=8, size=32, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50),
+                simmat=dict(steps=20000, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(112/32)**2)),
     gpu=dict(teacher=dict(backbone="ir50", width=64, size=64, margin="adaface", epochs=20, batch_size=512),
              student=dict(backbone="irse50", width=32, size=64, margin="cosface", epochs=16, batch_size=512),
-             simmat=dict(steps=40000, batch_size=256)),
+             simmat=dict(steps=20000, batch_size=256, lr=5e-4, snr_scale=(112/64)**2)),
     paper=dict(teacher=dict(backbone="ir50", width=64, size=112, margin="adaface", epochs=40, batch_size=512),
                student=dict(backbone="irse50", width=64, size=112, margin="cosface", epochs=40, batch_size=512),
                simmat=dict(steps=30700, batch_size=160)))
 PROFILES = {n: Profile(name=n, generator=n, shipped=n == "laptop", missing=PAPER_DATA if n == "paper" else (),
                        **SIZES[n], **TRAINING[n]) for n in SIZES}
 
-# %% ../nbs/15_experiments.ipynb #b501c796
+# %% ../nbs/15_experiments.ipynb #5751b4b3
 CACHE = "1" # raise it when a task comes to mean something else
 logging.getLogger("exca").setLevel(logging.CRITICAL) # a failure is reported once, by name
 disable_progress_bar() # of diffusers, while it loads a pipeline
@@ -118,7 +120,7 @@ def _kept(task)->dict:
     task.run()
     return load_file(path)
 
-# %% ../nbs/15_experiments.ipynb #a36cd6c9
+# %% ../nbs/15_experiments.ipynb #69c01ed9
 class WorldFaces(BaseModel):
     "The training set, rendered once (`open_faces` of a procedural world)."
     model_config = ConfigDict(extra="forbid")
@@ -144,7 +146,7 @@ class WorldFaces(BaseModel):
         return FaceSet(kept["images"], kept["labels"], [str(i) for i in range(self.subjects)], f"proc:{self.world}",
                        dict(identity=kept["identity"], nuisance=kept["nuisance"]))
 
-# %% ../nbs/15_experiments.ipynb #540f5dce
+# %% ../nbs/15_experiments.ipynb #3e2ea15c
 class Benchmarks(BaseModel):
     "The five benchmarks, rendered once."
     model_config = ConfigDict(extra="forbid")
@@ -168,11 +170,16 @@ class Benchmarks(BaseModel):
         kept = _kept(self)
         return {n: (kept[f"{n}/images"], kept[f"{n}/issame"].bool()) for n in BENCHMARKS}
 
-# %% ../nbs/15_experiments.ipynb #460bd2a8
+# %% ../nbs/15_experiments.ipynb #de3b7092
 @lru_cache
 def shipped_models()->CemiFacePipeline:
     "The pipeline that the package carries, on the default device."
     return shipped_pipeline().to(default_device())
+
+@lru_cache
+def shipped_centres()->Tensor: # [C,512], rows of the classification weight of the first C subjects of `casia`
+    "Class centres of the shipped recogniser."
+    return load_file(Path(__file__).parent/"weights"/"centres.safetensors")["centres"].float()
 
 @lru_cache
 def shipped_hash()->str:
@@ -181,7 +188,7 @@ def shipped_hash()->str:
     if not files: raise ValueError("this copy of cemiface carries no weights: add --from-scratch to train them (hours on a CPU)")
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
-# %% ../nbs/15_experiments.ipynb #258bff0d
+# %% ../nbs/15_experiments.ipynb #3f3a6d50
 class Recogniser(BaseModel):
     "E_id: trained on `faces`, or shipped."
     model_config = ConfigDict(extra="forbid")
@@ -200,13 +207,13 @@ class Recogniser(BaseModel):
         train_recogniser(self.faces.load(), self.config, out=_folder(self)/"train", progress=_bars())
         return dict(device=default_device())
 
-    def load(self)->tuple: # the network, and its classification weights or None
+    def load(self)->tuple: # the network, and its class centres [C,D]
         self.run()
-        if self.shipped: return shipped_models().recogniser, None
+        if self.shipped: return shipped_models().recogniser, shipped_centres()
         trained = load_recogniser(_folder(self)/"train")
         return trained.model.to(default_device()).eval(), trained.centres
 
-# %% ../nbs/15_experiments.ipynb #3101ad57
+# %% ../nbs/15_experiments.ipynb #219f51c4
 class Generator(BaseModel):
     "The diffusion model of Equations 5-14: trained on `faces`, or shipped."
     model_config = ConfigDict(extra="forbid")
@@ -226,7 +233,8 @@ class Generator(BaseModel):
         model, _ = self.recogniser.load()
         unet, conditioner = train_generator(self.faces.load(), model, GENERATORS[self.preset], self.simmat,
                                             _folder(self)/"train", progress=_bars())
-        CemiFacePipeline(unet, conditioner, model, ddim_scheduler()).save_pretrained(_folder(self)/"pipeline")
+        scheduler = ddim_scheduler(self.simmat.snr_scale, self.simmat.T)
+        CemiFacePipeline(unet, conditioner, model, scheduler).save_pretrained(_folder(self)/"pipeline")
         return dict(device=default_device())
 
     def load(self)->CemiFacePipeline:
@@ -234,7 +242,7 @@ class Generator(BaseModel):
         if self.simmat is None: return shipped_models()
         return CemiFacePipeline.from_pretrained(_folder(self)/"pipeline").to(default_device())
 
-# %% ../nbs/15_experiments.ipynb #246061b5
+# %% ../nbs/15_experiments.ipynb #e0dff044
 class Groups(BaseModel):
     "Cosine of every image to its subject's centre, and its group."
     model_config = ConfigDict(extra="forbid")
@@ -252,14 +260,13 @@ class Groups(BaseModel):
         model, centres = self.recogniser.load()
         faces = self.faces.load()
         emb = embed(model, faces.images, progress=_bars()).cpu()
-        fit = centres is not None and len(centres) == faces.n_subjects
-        cos = cos_to_centre(emb, faces.labels, centres.cpu() if fit else class_centres(emb, faces.labels))
+        cos = cos_to_centre(emb, faces.labels, centres[:faces.n_subjects].cpu())
         _keep(self, cos=cos, groups=similarity_groups(cos, faces.labels, self.n_groups))
-        return dict(centre="classification weight" if fit else "class mean")
+        return dict(images=len(faces))
 
     def load(self)->dict: return _kept(self)
 
-# %% ../nbs/15_experiments.ipynb #fb6fc0fe
+# %% ../nbs/15_experiments.ipynb #8fa699f7
 def accuracies(faces:FaceSet, config:RecogniserConfig, benchmarks:dict, out:Path)->dict:
     "Train a recogniser on `faces` and evaluate its last epoch: percent on each benchmark and AVG."
     trained = train_recogniser(faces, config, out=out, progress=_bars())
@@ -268,7 +275,7 @@ def accuracies(faces:FaceSet, config:RecogniserConfig, benchmarks:dict, out:Path
     return dict(accuracy=table["accuracy"].astype(float).to_dict(), images=len(faces),
                 subjects=faces.n_subjects, loss=float(trained.history["loss"].iloc[-1]), device=default_device())
 
-# %% ../nbs/15_experiments.ipynb #a0e1c176
+# %% ../nbs/15_experiments.ipynb #ddde0713
 class GroupTraining(BaseModel):
     "A recogniser trained from scratch on one group (Table 1)."
     model_config = ConfigDict(extra="forbid")
@@ -287,7 +294,7 @@ class GroupTraining(BaseModel):
         chosen = (self.groups.load()["groups"] == self.group).nonzero().flatten()
         return accuracies(self.groups.faces.load().subset(chosen), self.config, self.benchmarks.load(), _folder(self)/"train")
 
-# %% ../nbs/15_experiments.ipynb #4a2b01c9
+# %% ../nbs/15_experiments.ipynb #8eda730b
 class Inquiries(BaseModel):
     "One face each of new subjects, chosen so that every two have a cosine below a threshold (0.3 in the paper)."
     model_config = ConfigDict(extra="forbid")
@@ -320,7 +327,7 @@ class Inquiries(BaseModel):
         images = self.load()["images"][:count]
         return FaceSet(images, torch.arange(len(images)), [str(i) for i in range(len(images))], f"proc:{self.world}")
 
-# %% ../nbs/15_experiments.ipynb #0e517751
+# %% ../nbs/15_experiments.ipynb #41ce48a3
 class GeneratedSet(BaseModel):
     "Algorithm 2 at one m: a folder of PNG files that goes on where it was stopped."
     model_config = ConfigDict(extra="forbid")
@@ -347,7 +354,7 @@ class GeneratedSet(BaseModel):
     @property
     def folder(self): return _folder(self)/"set"
 
-# %% ../nbs/15_experiments.ipynb #f9014b9a
+# %% ../nbs/15_experiments.ipynb #1d721f20
 class SetTraining(BaseModel):
     "A recogniser trained from scratch on a generated set (Table 11)."
     model_config = ConfigDict(extra="forbid")
@@ -368,7 +375,7 @@ class SetTraining(BaseModel):
         faces = open_faces(self.generated.folder, self.benchmarks.size)
         return accuracies(faces, self.config, self.benchmarks.load(), _folder(self)/"train")
 
-# %% ../nbs/15_experiments.ipynb #4c88ee95
+# %% ../nbs/15_experiments.ipynb #6da6c322
 class Samples(BaseModel):
     "Images [m, inquiry, k] under the same noise at every m, with their embeddings."
     model_config = ConfigDict(extra="forbid")
@@ -407,7 +414,7 @@ def draw_all(pipe, emb:Tensor, m:float, seeds:list, steps:int, batch_size:int=64
     ends = range(0, len(emb), batch_size)
     return torch.cat([draw(pipe, emb[i:i + batch_size], [m] * len(emb[i:i + batch_size]), seeds[i:i + batch_size], steps) for i in ends])
 
-# %% ../nbs/15_experiments.ipynb #4856e91c
+# %% ../nbs/15_experiments.ipynb #4589d965
 class Study:
     "The tasks of one profile, cached in `out/cache`."
     def __init__(self,
@@ -427,15 +434,16 @@ class Study:
         return self._made.setdefault(task.infra.uid(), task)
 
     def faces(self): return self._task(WorldFaces, world="casia", **self._of("subjects", "per_subject", "size"))
+    def training_faces(self): return self._task(WorldFaces, world="casia", subjects=self.profile.train_subjects, **self._of("per_subject", "size"))
     def benchmarks(self): return self._task(Benchmarks, **self._of("pairs", "size"))
     def _of(self, *names): return {n: getattr(self.profile, n) for n in names}
 
     def recogniser(self):
         if self.shipped: return self._task(Recogniser, faces=None, config=None, shipped=shipped_hash())
-        return self._task(Recogniser, faces=self.faces(), config=self.profile.teacher, shipped="")
+        return self._task(Recogniser, faces=self.training_faces(), config=self.profile.teacher, shipped="")
 
     def generator(self):
-        faces, simmat = (None, None) if self.shipped else (self.faces(), self.profile.simmat)
+        faces, simmat = (None, None) if self.shipped else (self.training_faces(), self.profile.simmat)
         return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=self.profile.generator, simmat=simmat)
 
     def student(self, seed): return self.profile.student.model_copy(update=dict(seed=seed))
@@ -458,7 +466,7 @@ class Study:
                           per_inquiry=per_inquiry, ms=ms, steps=self.profile.steps)
     def control(self): return self.samples(self.profile.inquiries, 1, self.profile.control_ms)
 
-# %% ../nbs/15_experiments.ipynb #44ff8bbc
+# %% ../nbs/15_experiments.ipynb #4e0ed157
 def parts(task)->list:
     "The tasks that `task` is made from."
     return [v for _, v in task if isinstance(v, BaseModel) and hasattr(v, "infra")]
@@ -473,7 +481,7 @@ def in_order(tasks:list)->list:
     for t in tasks: visit(t)
     return list(found.values())
 
-# %% ../nbs/15_experiments.ipynb #4bf1806e
+# %% ../nbs/15_experiments.ipynb #d98eb538
 @dataclass
 class Finding:
     "What one result function found: text (its first sentence is the headline), table, figure."
@@ -511,7 +519,7 @@ def all_results()->dict[str, Result]:
     for name in PAPER_NOTEBOOKS: import_module(f"cemiface.paper.{name}")
     return RESULTS
 
-# %% ../nbs/15_experiments.ipynb #c7c29c49
+# %% ../nbs/15_experiments.ipynb #0730c07d
 def over_seeds(runs:dict)->pd.DataFrame: # {key: [task result of each seed]}
     "Accuracy of each key in percent: mean over seeds of every benchmark and AVG, and the standard deviation of AVG."
     means = pd.DataFrame({k: pd.DataFrame([r["accuracy"] for r in rs]).mean() for k, rs in runs.items()}).T
@@ -523,7 +531,7 @@ def rank_agreement(ours:pd.Series, theirs:pd.Series)->str:
     if ours.nunique() < 2 or theirs.nunique() < 2: return "undefined (all values are equal)"
     return f"{ours.corr(theirs, method='spearman'):.2f}"
 
-# %% ../nbs/15_experiments.ipynb #b6ff92ed
+# %% ../nbs/15_experiments.ipynb #89a67393
 def _rates_path(study)->Path: return study.out/"cache"/"rates.json"
 
 def known_rates(study)->dict[str, float]:
@@ -539,7 +547,7 @@ def note_rate(study, kind:str, rate:float):
     known = json.loads(path.read_text()) if path.exists() else {}
     write_whole(path, json.dumps(known | {f"{study.name}/{default_device()}/{kind}": rate}).encode())
 
-# %% ../nbs/15_experiments.ipynb #3a1b2c3b
+# %% ../nbs/15_experiments.ipynb #65e135b5
 def _seconds(call, units:int)->float:
     "Seconds per unit of the second of two calls."
     for _ in range(2):
@@ -560,7 +568,7 @@ def measured_rates(profile:Profile)->dict[str, float]:
     return dict(load=0.1, render=_seconds(lambda: world_faces("casia", n, 1, profile.size), n), embed=embedding,
                 teach=3 * embedding, train=3 * learning, denoise=denoising, simmat=3 * (denoising + embedding))
 
-# %% ../nbs/15_experiments.ipynb #78efecc9
+# %% ../nbs/15_experiments.ipynb #1db1db08
 @dataclass
 class Step:
     "One task of the plan."
@@ -592,7 +600,7 @@ def show_plan(steps:list[Step])->str:
         lines.append(f"  {first:72} " + (f"{todo} to do, about {told(seconds)}".replace("about no", "hardly any") if todo else "in the cache"))
     return "\n".join(lines)
 
-# %% ../nbs/15_experiments.ipynb #29768216
+# %% ../nbs/15_experiments.ipynb #76e5cc8b
 def run_steps(study:Study, steps:list[Step], say:Callable=print, progress:bool=True)->dict[str, str]: # {uid: what went wrong}
     "Run the plan's steps in order, with one bar in estimated seconds."
     failed, todo = {}, [s for s in steps if not s.cached]
@@ -614,7 +622,7 @@ def _attempt(task)->str: # what went wrong, or ""
     except Exception as e: return f"{type(e).__name__}: {e}".splitlines()[0]
     return ""
 
-# %% ../nbs/15_experiments.ipynb #449ca3c0
+# %% ../nbs/15_experiments.ipynb #1ff45dd9
 def markdown(table:pd.DataFrame)->str:
     "A data frame as a Markdown table."
     cell = lambda v: "" if isinstance(v, float) and v != v else f"{v:.2f}" if isinstance(v, float) else str(v)
@@ -628,7 +636,7 @@ def write_finding(out:Path, name:str, found:Finding):
         write_whole(out/"tables"/f"{name}.md", markdown(found.table).encode())
     if found.figure is not None: write_whole(out/"figures"/f"{name}.png", found.png)
 
-# %% ../nbs/15_experiments.ipynb #d3772561
+# %% ../nbs/15_experiments.ipynb #f6fcec41
 STYLE = """body{font:16px/1.55 system-ui,sans-serif;color:#1d2430;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.9rem;margin-bottom:.2rem}h2{margin-top:2.6rem;border-top:1px solid #d8dee8;padding-top:1.2rem;font-size:1.3rem}
 .sub{color:#5b6575}nav a{margin-right:1rem;white-space:nowrap}a{color:#1f5fae}img{max-width:100%}.wide{overflow-x:auto}
@@ -646,7 +654,7 @@ def facts(study:Study, seconds:float)->dict[str, str]:
             "recogniser and generator": "shipped with the package" if study.shipped else "trained by this run",
             "device": device, "versions": f"Python {platform.python_version()}, {libraries}", "this run took": told(seconds)}
 
-# %% ../nbs/15_experiments.ipynb #4c9dc8f6
+# %% ../nbs/15_experiments.ipynb #59b7603d
 def _section(r:Result, found:Finding|str)->str:
     if isinstance(found, str): return f'<h2 id="{r.name}">{html.escape(r.title)}</h2><p class="bad">{html.escape(found)}</p>'
     out = [f'<h2 id="{r.name}">{html.escape(r.title)}</h2><p>{html.escape(found.text)}</p>']
@@ -667,7 +675,7 @@ def page(study:Study, findings:dict[str, "Finding|str"], seconds:float)->str:
             f'<p class="sub">Measured on procedural faces, beside what the paper publishes for photographs.</p>'
             f"<nav>{nav}</nav><table>{rows}</table>" + "".join(_section(results[n], f) for n, f in findings.items()) + "</html>")
 
-# %% ../nbs/15_experiments.ipynb #ae6a0ebd
+# %% ../nbs/15_experiments.ipynb #2b33422f
 def _choose(results)->list[Result]:
     known = all_results()
     unknown = [n for n in results or () if n not in known]
@@ -687,7 +695,7 @@ def _also_there(study:Study, chosen:list[Result])->list[Result]:
     rest = [r for r in all_results().values() if r not in chosen]
     return [r for r in rest if all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
 
-# %% ../nbs/15_experiments.ipynb #4827758d
+# %% ../nbs/15_experiments.ipynb #f72b50e4
 def reproduce(
     profile:str|Profile="laptop", # a key of PROFILES, or sizes of your own
     results:list[str]|None=None, # names of results; None for all

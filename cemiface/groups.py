@@ -28,7 +28,8 @@ def cos_to_centre(emb:Tensor|np.ndarray, # [N,D], raw or normalised
         raise ValueError(f"labels go from {labels.min()} to {labels.max()}, but there are {len(centres)} centres: give one centre for each subject")
     cos = torch.empty(len(labels))
     for i in range(0, len(labels), block):
-        rows = torch.as_tensor(emb[i:i+block]).float().cpu()
+        rows = emb[i:i+block]
+        rows = rows.float().cpu() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, np.float32))
         cos[i:i+block] = torch.cosine_similarity(rows, centres[labels[i:i+block]], dim=1)
     if cos.isnan().any(): raise ValueError(f"the cosine of image {cos.isnan().int().argmax()} is NaN: its embedding or its centre is not finite")
     return cos.clamp_(-1, 1)
@@ -83,11 +84,11 @@ def _draw_group(ax, images, cos, picks, # picks [subjects,per_group]
 ):
     "A white canvas of face images with their cosine under each; an index of -1 leaves a gap."
     S = images[torch.tensor([0])].shape[-1]
-    gap = S // 3
-    canvas = np.full((len(picks) * (S + gap), picks.shape[1] * S, 3), 255, np.uint8)
+    gap, seam = S // 3, max(1, S // 24)
+    canvas = np.full((len(picks) * (S + gap), picks.shape[1] * (S + seam) - seam, 3), 255, np.uint8)
     for (row, col), i in np.ndenumerate(picks):
         if i < 0: continue
-        y, x = row * (S + gap), col * S
+        y, x = row * (S + gap), col * (S + seam)
         canvas[y:y+S, x:x+S] = images[torch.tensor([i])][0].permute(1, 2, 0).numpy()
         ax.text(x + S / 2, y + S + gap * .45, f"{float(cos[i]):.2f}", ha="center", va="center")
     ax.imshow(canvas, interpolation="lanczos" if S < 64 else None)

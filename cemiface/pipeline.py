@@ -20,11 +20,14 @@ from torch import Tensor
 from .backbones import IResNet, backbone
 from .conditioning import Conditioner, GeneratorConfig, face_conditioner, face_unet
 from .data import to_uint8
+from .simmat import noise_scheduler
 
 # %% ../nbs/11_pipeline.ipynb #fd1d033b
-def ddim_scheduler()->DDIMScheduler: # linear betas 1e-4 to 0.02, T=1000, x0_hat clipped to [-1,1]
-    "The paper's sampler: DDIM, eta 0, on the noise schedule of Equations 1-4."
-    return DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=.02, beta_schedule="linear", clip_sample=True)
+def ddim_scheduler(snr_scale:float=1., # of the training, see `noise_scheduler`
+                   T:int=1000          # time steps of the training
+                  )->DDIMScheduler:    # x0_hat clipped to [-1,1]
+    "The paper's sampler: DDIM, eta 0, on the noise schedule that the generator was trained with (Equations 1-4)."
+    return DDIMScheduler.from_config(noise_scheduler(T, snr_scale).config, clip_sample=True)
 
 # %% ../nbs/11_pipeline.ipynb #8afe3d39
 def denoise(unet:UNet2DConditionModel,

@@ -416,7 +416,7 @@ WORLDS = dict(
 SIDES = {"proc-LFW": ({}, {}),
     "proc-CFP-FP": (dict(yaw=N(.10, .2)), dict(yaw=S(1.0, 1.4))),
     "proc-AgeDB": (dict(age=U(0, .3)), dict(age=U(.7, 1))),
-    "proc-CALFW": (dict(age=U(0, .5)) | FRONTAL, dict(age=U(.5, 1)) | FRONTAL),
+    "proc-CALFW": (dict(age=U(0, .4), hair_style=N(.9, .95)), dict(age=U(.6, 1), hair_style=N(.9, .95))),
     "proc-CPLFW": (dict(yaw=S(.35, 1.1)), dict(yaw=S(.35, 1.1)))}
 BENCHMARKS = tuple(SIDES)
 

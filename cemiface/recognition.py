@@ -139,7 +139,7 @@ def save_recogniser(
     write_whole(folder / "recogniser.json", json.dumps(record, indent=1).encode())
     return folder
 
-# %% ../nbs/06_recognition.ipynb #3f7cf00a
+# %% ../nbs/06_recognition.ipynb #c85dd002
 def load_recogniser(
     folder:str|Path, # from `save_recogniser`
 )->Trained: # on the CPU
@@ -150,7 +150,7 @@ def load_recogniser(
     config = RecogniserConfig(**json.loads((folder / "recogniser.json").read_text())["config"])
     model = IResNet.from_pretrained(folder / "model").to(memory_format=torch.channels_last).eval()
     centres = load_file(folder / "centres.safetensors")["centres"]
-    return Trained(model, centres, pd.read_csv(folder / "history.csv", float_precision="round_trip"), config)
+    return Trained(model, centres, pd.read_csv(folder / "history.csv"), config)
 
 # %% ../nbs/06_recognition.ipynb #b41fba8f
 def fresh_accelerator(

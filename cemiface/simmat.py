@@ -12,7 +12,6 @@ import json, time
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, Field
@@ -24,14 +23,20 @@ from tqdm.auto import tqdm
 
 from .conditioning import Conditioner, GeneratorConfig, face_conditioner, face_unet
 from .data import FaceSet, batches, to_float
+from .recognition import fresh_accelerator
 from .records import write_whole
 
 # %% ../nbs/10_simmat.ipynb #c7ab8653
 def noise_scheduler(
-    T:int=1000, # time steps
+    T:int=1000,         # time steps
+    snr_scale:float=1., # factor on the ratio of signal to noise at every step; 1 is the paper
 )->DDPMScheduler:
-    "DDPM with linear betas from 1e-4 to 0.02, the paper's schedule (Eq. 1-4)."
-    return DDPMScheduler(num_train_timesteps=T, beta_start=1e-4, beta_end=.02, beta_schedule="linear")
+    "DDPM with linear betas from 1e-4 to 0.02, the paper's schedule (Eq. 1-4), for 112 px; (112/size)^2 carries it over to fewer."
+    kw = dict(num_train_timesteps=T, beta_start=1e-4, beta_end=.02)
+    if snr_scale==1: return DDPMScheduler(beta_schedule="linear", **kw)
+    a = (1-torch.linspace(1e-4, .02, T, dtype=torch.float64)).cumprod(0)
+    a = snr_scale*a/(1-a+snr_scale*a)
+    return DDPMScheduler(trained_betas=(1-a/torch.cat([a.new_ones(1), a[:-1]])).tolist(), **kw)
 
 # %% ../nbs/10_simmat.ipynb #6f34c250
 def x0_from_eps(
@@ -97,6 +102,7 @@ class SimMatConfig(BaseModel, extra="forbid", frozen=True):
     weight_decay:float = Field(0., ge=0, description="of AdamW")
     clip_grad:float = Field(1., gt=0, description="largest norm of the gradient")
     T:int = Field(1000, ge=2, description="time steps")
+    snr_scale:float = Field(1., gt=0, description="of the noise schedule: 1 for 112 px, (112/size)^2 carries it over to fewer")
     lambda_simmat:float = Field(.05, ge=0, description="weight of the similarity matching loss, Eq. 14")
     similarity:Literal["cosine","euclidean"] = Field("cosine", description="s of Eq. 11-13; Table 13")
     interval:float|None = Field(.02, gt=0, description="of the grid that m is drawn from; None: continuous")
@@ -204,7 +210,8 @@ def load_state(
     try:
         with safe_open(path, "pt") as f: about, t = {k: json.loads(v) for k, v in f.metadata().items()}, {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: raise ValueError(f"{path} cannot be read ({e}): delete it to train from the start") from e
-    differ = sorted(k for k in settings if settings[k]!=about["settings"].get(k))
+    was = SimMatConfig().model_dump(mode="json") | about["settings"] # a setting that the state does not know had its default
+    differ = sorted(k for k in settings if settings[k]!=was.get(k))
     if differ: raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): delete it, or choose another folder")
     denoiser.load_state_dict({k[6:]: v for k, v in t.items() if k.startswith("model.")})
     for i, p in enumerate(ema.shadow_params): p.copy_(t[f"ema.{i}"])
@@ -243,20 +250,20 @@ def train_generator(
     recogniser:nn.Module,       # E_id: [B,3,S,S] in [-1,1] to [B,D]; frozen
     generator:GeneratorConfig,  # size and shape
     config:SimMatConfig,        # how to train
-    out:str|Path,               # gets unet/, conditioner/, log.csv, state.safetensors
+    out:str|Path,               # gets unet/, conditioner/, scheduler/, log.csv, state.safetensors
     init:str|Path|None=None,    # start from the weights in this folder
     progress:bool=True,         # show a bar
 )->tuple[UNet2DConditionModel, Conditioner]: # moving averages, on the CPU
     "Algorithm 1. The same call goes on where an interrupted one stopped. ValueError for misfits and for a loss that is no number."
     if faces.size!=generator.size: raise ValueError(f"{faces.name} has {faces.size} px, the generator {generator.size} px: open the faces at size={generator.size}")
-    out, acc = Path(out), Accelerator(mixed_precision=config.precision)
+    out, acc = Path(out), fresh_accelerator(config.precision)
     device, rank, world = acc.device, acc.process_index, acc.num_processes
     if config.batch_size%world: raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
     torch.manual_seed(config.seed)
     unet, conditioner = load_generator(init) if init else (face_unet(generator), face_conditioner(generator))
     denoiser = Denoiser(unet, conditioner).to(device).train()
     recogniser = recogniser.to(device).eval().requires_grad_(False)
-    scheduler, T = noise_scheduler(config.T), config.T
+    scheduler, T = noise_scheduler(config.T, config.snr_scale), config.T
     alpha_bar = scheduler.alphas_cumprod.to(device)
     params = list(denoiser.parameters())
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -303,6 +310,6 @@ def train_generator(
             saved = time.monotonic()
         seen, sums, bands = time.monotonic(), torch.zeros_like(sums), torch.zeros_like(bands)
     bar.close(); acc.wait_for_everyone()
-    if acc.is_main_process: save_generator(out, denoiser, ema)
+    if acc.is_main_process: save_generator(out, denoiser, ema); scheduler.save_pretrained(out/"scheduler")
     acc.wait_for_everyone()
     return load_generator(out)

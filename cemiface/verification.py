@@ -178,16 +178,16 @@ def plot_cosines(same:np.ndarray, # [A] cosines of pairs of one subject
     "Two histograms of cosines as densities on one axis."
     bins = np.linspace(min(same.min(), different.min(), -.2), 1, int(np.clip(2 * len(same) ** .5, 20, 60)))
     for values, m, label in ((different, -.6, "different subjects"), (same, .6, "same subject")):
-        ax.hist(values, bins, density=True, color=m_colours(m), alpha=.65, label=f"{label} (mean {values.mean():.2f})")
+        ax.hist(values, bins, density=True, color=m_colours(m), alpha=.65, label=f"{label} (mean {round(float(values.mean()), 2) + 0:.2f})")
     ax.set(xlabel="cosine similarity", ylabel="density", title=title); ax.legend(loc="upper left"); ax.grid(axis="x", visible=False)
-    ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
+    ax.margins(y=.3)
 
 # %% ../nbs/07_verification.ipynb #bc290592
 @figure_style()
 def plot_verification(results:dict, # name -> Verification
 ): # matplotlib figure
     "Cosines of the first result beside the ROC of all, on a logarithmic FAR axis."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3))
     name, v = next(iter(results.items()))
     cos = 1 - v.distance / 2
     plot_cosines(cos[v.issame], cos[~v.issame], left, name)
@@ -198,7 +198,7 @@ def plot_verification(results:dict, # name -> Verification
     step = max(1 / (~v.issame).sum() for v in results.values())
     right.axvspan(step / 30, step, color=".85", lw=0, zorder=0)
     right.set(xscale="log", xlim=(step / 10, 1), ylim=(0, 1.02), xlabel="false accept rate", ylabel="true accept rate", title="ROC; shaded: less than one pair")
-    right.legend(loc="lower right", frameon=True, edgecolor="none", framealpha=.85)
+    right.legend(loc="center left", bbox_to_anchor=(1, .5))
     return fig
 
 # %% ../nbs/07_verification.ipynb #3b81a875

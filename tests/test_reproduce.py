@@ -1,6 +1,7 @@
 "`cemiface reproduce`: a subset at the smallest size, killed and continued, answered from the cache, with a failure on the way."
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -59,11 +60,11 @@ def test_ends_where_an_undisturbed_run_ends(killed, tmp_path):
 
 def test_second_run_answers_from_the_cache(killed):
     out, _, _ = killed
-    before, start = finished(out), time.perf_counter()
+    before, start = finished(out), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = command(out)
     assert done.returncode == 0 and finished(out) == before
     assert "in the cache" in done.stdout + done.stderr and "to do" not in done.stdout + done.stderr
-    assert time.perf_counter() - start < 30  # most of it is importing torch
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start < 20  # seconds of work, most of it importing torch
 
 
 def test_the_page_holds_everything(killed):
@@ -105,12 +106,13 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
 def test_shipped_weights_are_used_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "shipped_pipeline", lambda: experiments.untrained_pipeline(experiments.GENERATORS["smoke"]))
     monkeypatch.setattr(experiments, "shipped_hash", lambda: "0123456789ab")
+    monkeypatch.setattr(experiments, "shipped_centres", lambda: torch.nn.functional.normalize(torch.randn(12, 512)))
     experiments.shipped_models.cache_clear()
     profile = PROFILES["smoke"].model_copy(update=dict(shipped=True))
     found = reproduce(profile, ["control", "table9"], tmp_path, seeds=1, say=lambda line: None)
     experiments.shipped_models.cache_clear()
     assert all(isinstance(f, Finding) for f in found.values()), found
-    assert "class mean" in found["table9"].text and list(found["control"].table.m) == sorted(profile.control_ms, reverse=True)
+    assert "classification weight" in found["table9"].text and list(found["control"].table.m) == sorted(profile.control_ms, reverse=True)
     assert "shipped with the package" in (tmp_path / "smoke" / "index.html").read_text()
     assert not list(tmp_path.rglob("*Generator*/*/train"))  # nothing was trained
     other = Study(profile, tmp_path, from_scratch=True)

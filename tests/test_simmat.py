@@ -1,6 +1,7 @@
 "Training of the generator: kill -9 and resume, damaged and foreign states, settings that change the result."
 import os, signal, subprocess, sys, textwrap
 import numpy as np, pandas as pd, pytest, torch
+from diffusers import DDIMScheduler
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -80,7 +81,7 @@ def test_finished_run_is_only_read(whole):
 
 
 @pytest.mark.parametrize("change", [dict(lambda_simmat=0.), dict(similarity="euclidean"), dict(interval=None), dict(m_span=(0., 1.)),
-                                    dict(flip=False), dict(seed=1), dict(ema_max=.5), dict(clip_grad=.01), dict(weight_decay=.5)], ids=str)
+                                    dict(flip=False), dict(seed=1), dict(ema_max=.5), dict(clip_grad=.01), dict(weight_decay=.5), dict(snr_scale=49.)], ids=str)
 def test_every_setting_has_an_effect(whole, tmp_path, change):
     train(tmp_path, SHORT.model_copy(update=change))
     assert not same(weights(whole), weights(tmp_path))
@@ -127,3 +128,9 @@ def test_x0_is_clipped_and_passes_no_gradient_outside():
     x0 = x0_from_eps(torch.zeros(1, 1, 1, 2), eps, alpha_bar)
     x0.sum().backward()
     assert x0.tolist() == [[[[0., -1.]]]] and eps.grad[0, 0, 0, 0] < 0 and eps.grad[0, 0, 0, 1] == 0
+
+
+def test_sampler_reads_the_schedule_of_the_run(tmp_path):
+    train(tmp_path, SHORT.model_copy(update=dict(steps=3, snr_scale=49.)))
+    a, b = (s.alphas_cumprod.double() for s in (noise_scheduler(), DDIMScheduler.from_pretrained(tmp_path/"scheduler")))
+    assert torch.allclose(b/(1-b), 49*a/(1-a), rtol=1e-2)

@@ -39,7 +39,7 @@ def table9(study:Study)->Finding:
     drop = -table.avg_sim.diff().dropna()
     text = (f"Mean similarity to the centre falls from {first:.2f} in the first group to {last:.2f} in the last (paper: 0.85 to 0.53). "
             f"The largest step is between groups {drop.idxmax() - 1} and {drop.idxmax()} (paper: 3 and 4). "
-            f"Centres are each subject's {study.groups().run()['centre']} under the recogniser that conditions the generator.")
+            "Centres are the rows of the classification weight of the recogniser that conditions the generator.")
     return Finding(text, table)
 
 # %% ../../nbs/paper/20_groups.ipynb #6382a9cc
