@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SEVEN', 'PAPER_DATA', 'SIZES', 'TRAINING', 'PROFILES', 'CACHE', 'RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'Profile',
            'default_device', 'WorldFaces', 'Benchmarks', 'shipped_models', 'shipped_centres', 'shipped_hash',
-           'Recogniser', 'Generator', 'Groups', 'accuracies', 'GroupTraining', 'Inquiries', 'GeneratedSet',
+           'Recogniser', 'Generator', 'Yardstick', 'Groups', 'accuracies', 'GroupTraining', 'Inquiries', 'GeneratedSet',
            'SetTraining', 'Samples', 'draw_all', 'Study', 'parts', 'in_order', 'Finding', 'Result', 'result',
            'all_results', 'over_seeds', 'rank_agreement', 'known_rates', 'note_rate', 'measured_rates', 'Step', 'plan',
            'told', 'show_plan', 'run_steps', 'markdown', 'write_finding', 'facts', 'page', 'findings_of', 'reproduce',
-           'summary']
+           'summary', 'pack']
 
 # %% ../nbs/15_experiments.ipynb #9113e8df
 import base64, hashlib, html, io, json, logging, os, platform, shutil, sys, time
@@ -182,9 +182,9 @@ def shipped_centres()->Tensor: # [C,512], rows of the classification weight of t
     return load_file(Path(__file__).parent/"weights"/"centres.safetensors")["centres"].float()
 
 @lru_cache
-def shipped_hash()->str:
-    "The first 12 hex digits of SHA-256 over the shipped weights. ValueError if there are none."
-    files = sorted((Path(__file__).parent/"weights").rglob("*.safetensors"))
+def shipped_hash(*parts:str)->str: # folders of the shipped pipeline
+    "The first 12 hex digits of SHA-256 over shipped weights. ValueError if there are none."
+    files = [f for p in parts for f in sorted((Path(__file__).parent/"weights"/"generator"/p).glob("*.safetensors"))]
     if not files: raise ValueError("this copy of cemiface carries no weights: add --from-scratch to train them (hours on a CPU)")
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
@@ -194,7 +194,7 @@ class Recogniser(BaseModel):
     model_config = ConfigDict(extra="forbid")
     faces: WorldFaces | None = Field(description="training set; None for the shipped one")
     config: RecogniserConfig | None = Field(description="training; None for the shipped one")
-    shipped: str = Field(description="hash of the shipped weights, or empty")
+    shipped: str = Field(description="hash of its shipped weights, or empty")
     infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
 
     @property
@@ -221,15 +221,16 @@ class Generator(BaseModel):
     faces: WorldFaces | None = Field(description="training set; None for the shipped one")
     preset: str = Field(description="key of GENERATORS")
     simmat: SimMatConfig | None = Field(description="training; None for the shipped one")
+    shipped: str = Field(description="hash of its shipped weights, or empty")
     infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
 
     @property
-    def title(self): return "generator, shipped" if self.recogniser.shipped else f"generator, preset {self.preset}"
+    def title(self): return "generator, shipped" if self.shipped else f"generator, preset {self.preset}"
     def work(self): return ("load", 1) if self.simmat is None else ("simmat", self.simmat.steps * self.simmat.batch_size)
 
     @infra.apply
     def run(self)->dict:
-        if self.simmat is None: return dict(shipped=self.recogniser.shipped)
+        if self.shipped: return dict(shipped=self.shipped)
         model, _ = self.recogniser.load()
         unet, conditioner = train_generator(self.faces.load(), model, GENERATORS[self.preset], self.simmat,
                                             _folder(self)/"train", progress=_bars())
@@ -239,8 +240,29 @@ class Generator(BaseModel):
 
     def load(self)->CemiFacePipeline:
         self.run()
-        if self.simmat is None: return shipped_models()
+        if self.shipped: return shipped_models()
         return CemiFacePipeline.from_pretrained(_folder(self)/"pipeline").to(default_device())
+
+# %% ../nbs/15_experiments.ipynb #67283d19
+class Yardstick(BaseModel):
+    "E_id on the five benchmarks, and the same network before training: what the procedural accuracies range between."
+    model_config = ConfigDict(extra="forbid")
+    recogniser: Recogniser = Field(description="E_id")
+    benchmarks: Benchmarks = Field(description="evaluation")
+    infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
+
+    @property
+    def title(self): return "E_id and an untrained network on the benchmarks"
+    def work(self): return "embed", 2 * self.benchmarks.work()[1]
+
+    @infra.apply
+    def run(self)->dict:
+        trained, _ = self.recogniser.load()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            untrained = type(trained).from_config(trained.config).to(default_device()).eval()
+        sets = self.benchmarks.load()
+        return {k: evaluate(net, sets)["accuracy"].astype(float).to_dict() for k, net in (("trained", trained), ("untrained", untrained))}
 
 # %% ../nbs/15_experiments.ipynb #e0dff044
 class Groups(BaseModel):
@@ -439,14 +461,15 @@ class Study:
     def _of(self, *names): return {n: getattr(self.profile, n) for n in names}
 
     def recogniser(self):
-        if self.shipped: return self._task(Recogniser, faces=None, config=None, shipped=shipped_hash())
+        if self.shipped: return self._task(Recogniser, faces=None, config=None, shipped=shipped_hash("recogniser"))
         return self._task(Recogniser, faces=self.training_faces(), config=self.profile.teacher, shipped="")
 
     def generator(self):
-        faces, simmat = (None, None) if self.shipped else (self.training_faces(), self.profile.simmat)
-        return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=self.profile.generator, simmat=simmat)
+        faces, simmat, shipped = (None, None, shipped_hash("unet", "conditioner")) if self.shipped else (self.training_faces(), self.profile.simmat, "")
+        return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=self.profile.generator, simmat=simmat, shipped=shipped)
 
     def student(self, seed): return self.profile.student.model_copy(update=dict(seed=seed))
+    def yardstick(self): return self._task(Yardstick, recogniser=self.recogniser(), benchmarks=self.benchmarks())
     def groups(self): return self._task(Groups, recogniser=self.recogniser(), faces=self.faces(), n_groups=5)
     def group_training(self, group, seed):
         return self._task(GroupTraining, groups=self.groups(), group=group, config=self.student(seed), benchmarks=self.benchmarks())
@@ -732,3 +755,18 @@ def _refusal(p:Profile, seeds:int)->str:
     images = seeds * len(p.ms) * p.set_subjects * p.set_per_subject
     return (f"profile {p.name} draws {images:,} images of {p.size} px and trains {seeds * (len(p.ms) + 5)} recognisers; "
             f"it needs data that is not here: {'; '.join(p.missing)}")
+
+# %% ../nbs/15_experiments.ipynb #0d71ba09
+def pack(study:Study, folder:Path)->dict: # the card
+    "Write what `study` trained as the package ships it: generator/, centres.safetensors and card.json."
+    pipe, centres, accuracy = study.generator().load(), study.recogniser().load()[1], study.yardstick().run()["trained"]
+    control, p = study.control().load(), study.profile
+    achieved = torch.einsum("mikd,id->mik", control["emb"], control["inquiry_emb"])
+    card = dict(command=f"cemiface reproduce --profile {p.name} --from-scratch", device=facts(study, 0)["device"], images=p.train_subjects * p.per_subject,
+                steps=p.simmat.steps, batch_size=p.simmat.batch_size, recogniser_accuracy={k: round(v, 2) for k, v in accuracy.items()},
+                inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())})
+    pipe.unet.half(), pipe.conditioner.half()
+    pipe.save_pretrained(folder/"generator")
+    write_whole(folder/"centres.safetensors", save(dict(centres=centres[:p.subjects].half().cpu().contiguous())))
+    write_whole(folder/"card.json", json.dumps(card, indent=1).encode())
+    return card

@@ -101,7 +101,7 @@ class CemiFacePipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, folder:str|Path, # written by `save_pretrained`
-                        **kwargs, # other components, `torch_dtype`: see diffusers
+                        **kwargs, # other components, `dtype`: see diffusers
                        )->"CemiFacePipeline":
         "Load a saved pipeline. OSError if the folder holds none or its weights are not safetensors."
         if not (Path(folder)/"model_index.json").is_file():
@@ -147,4 +147,4 @@ def shipped_pipeline()->CemiFacePipeline:
     "The generator trained for this package. OSError if this installation does not hold its weights."
     folder = Path(__file__).parent/"weights"/"generator"
     if not folder.is_dir(): raise OSError(f"no weights in {folder}: install a release that holds them, or train a generator and load it with CemiFacePipeline.from_pretrained")
-    return CemiFacePipeline.from_pretrained(folder)
+    return CemiFacePipeline.from_pretrained(folder, dtype=torch.float32) # stored as float16

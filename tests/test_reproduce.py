@@ -10,9 +10,11 @@ import time
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cemiface import experiments
-from cemiface.experiments import Finding, PROFILES, Study, in_order, reproduce
+from cemiface.experiments import Finding, PROFILES, Study, in_order, pack, reproduce
+from cemiface.pipeline import CemiFacePipeline
 
 torch.set_num_threads(1)
 COMMAND = [sys.executable, "-c", "from cemiface.cli import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
@@ -105,7 +107,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
 
 def test_shipped_weights_are_used_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "shipped_pipeline", lambda: experiments.untrained_pipeline(experiments.GENERATORS["smoke"]))
-    monkeypatch.setattr(experiments, "shipped_hash", lambda: "0123456789ab")
+    monkeypatch.setattr(experiments, "shipped_hash", lambda *parts: "0123456789ab")
     monkeypatch.setattr(experiments, "shipped_centres", lambda: torch.nn.functional.normalize(torch.randn(12, 512)))
     experiments.shipped_models.cache_clear()
     profile = PROFILES["smoke"].model_copy(update=dict(shipped=True))
@@ -125,3 +127,17 @@ def test_a_change_up_the_chain_means_another_task(tmp_path):
     uids = [{t.infra.uid() for t in in_order([s.set_training(0.0, 0), s.benchmarks()])} for s in (small, other)]
     assert uids[0] & uids[1] == {small.benchmarks().infra.uid()}  # only the benchmarks do not hang on the faces
     assert small.set_training(0.0, 0).infra.uid() != small.set_training(0.0, 1).infra.uid()
+
+
+def test_packed_weights_are_what_was_trained(killed, tmp_path):
+    study = Study("smoke", killed[0], seeds=1)
+    card = pack(study, tmp_path)
+    pipe = CemiFacePipeline.from_pretrained(tmp_path / "generator", dtype=torch.float32)
+    trained, (_, centres) = study.generator().load(), study.recogniser().load()
+    for name in ("unet", "conditioner"):
+        for a, b in zip(getattr(pipe, name).parameters(), getattr(trained, name).parameters(), strict=True):
+            assert a.dtype == torch.float32 and torch.equal(a, b.half().float())
+    assert all(torch.equal(a, b) for a, b in zip(pipe.recogniser.state_dict().values(), trained.recogniser.state_dict().values(), strict=True))
+    assert torch.equal(load_file(tmp_path / "centres.safetensors")["centres"], centres.half())
+    assert torch.allclose(pipe.scheduler.alphas_cumprod, trained.scheduler.alphas_cumprod)
+    assert list(card["achieved"]) == ["1", "0.6", "0.3", "0", "-0.3", "-0.6", "-1"] and 0 <= card["recogniser_accuracy"]["AVG"] <= 100
