@@ -196,14 +196,14 @@ def generate(
 @one_line_errors
 def train_recogniser(
     data: Faces,
-    out: Out,
+    out: Out = Path("my_recogniser"),
     backbone: Annotated[Literal["ir18", "ir50", "ir100", "irse18", "irse50", "irse100"], typer.Option(help="network")] = "irse50",
     width: Annotated[int, typer.Option(min=4, help="channels of its first stage; 64 in the paper")] = 64,
     size: Annotated[int, typer.Option(min=16, help="pixels; images are resized to it")] = 112,
     margin: Annotated[Literal["cosface", "arcface", "adaface"], typer.Option(help="margin loss")] = "cosface",
     epochs: Annotated[int, typer.Option(min=1, help="passes over the set")] = 40,
-    batch_size: Annotated[int, typer.Option(min=2, help="images a step")] = 512,
-    lr: Annotated[float, typer.Option(min=0, help="learning rate")] = 0.1,
+    batch_size: Annotated[Optional[int], typer.Option(min=2, help="images a step; default: 512, fewer for a set of less than 10,000 images")] = None,
+    lr: Annotated[Optional[float], typer.Option(min=0, help="learning rate; default: 0.1 at 512 images a step, and in proportion")] = None,
     subjects: Subjects = None,
     per_subject: PerSubject = None,
     strict: Strict = False,
@@ -211,12 +211,13 @@ def train_recogniser(
 ):
     """Train a face recogniser with the paper's recipe (Section 4.1).
 
-    Example: cemiface train-recogniser --data my_set --out my_model --size 32 --width 16 --batch-size 128
+    Example: cemiface train-recogniser --data my_set --out my_model --size 32 --width 16
     """
     from cemiface import recognition as r
     faces = _open(data, size, subjects, per_subject, seed, min_per_subject=2, strict=strict)
-    config = r.RecogniserConfig(backbone=backbone, width=width, size=size, margin=margin, epochs=epochs, lr=lr,
-                                batch_size=min(batch_size, len(faces)), seed=seed)
+    batch = min(batch_size or min(512, max(8, len(faces) // 20)), len(faces))
+    config = r.RecogniserConfig(backbone=backbone, width=width, size=size, margin=margin, epochs=epochs, batch_size=batch,
+                                lr=.1 * batch / 512 if lr is None else lr, seed=seed)
     claim(out, "train-recogniser", data=data, images=len(faces), subjects=faces.n_subjects, **config.model_dump())
     trained = r.train_recogniser(faces, config, out=out)
     typer.echo(f"{backbone} + {margin}, {epochs} epochs on {len(faces)} images of {faces.n_subjects} subjects, last loss "
@@ -290,7 +291,7 @@ def _names(source:str, faces, subjects:int|None, per_subject:int|None, seed:int)
 def groups(
     data: Faces,
     model: Annotated[Path, typer.Option(help="recogniser folder, or the word shipped")],
-    out: Out,
+    out: Out = Path("my_groups"),
     n_groups: Annotated[int, typer.Option(min=2, help="groups that every subject is cut into")] = 5,
     subjects: Subjects = None,
     per_subject: PerSubject = None,
@@ -330,7 +331,7 @@ def groups(
 def train_generator(
     data: Faces,
     recogniser: Annotated[Path, typer.Option(help="recogniser folder (E_id), or the word shipped")],
-    out: Out,
+    out: Out = Path("my_generator"),
     preset: Annotated[Literal["smoke", "laptop", "gpu", "paper"], typer.Option(help="size of the UNet; its image size has to be the recogniser's")] = "laptop",
     steps: Annotated[Optional[int], typer.Option(min=1, help="training steps; default: the profile's")] = None,
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="images a step; default: the profile's")] = None,

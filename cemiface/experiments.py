@@ -86,7 +86,7 @@ TRAINING = dict(
                simmat=dict(steps=60, batch_size=16, lr=2e-3, warmup_steps=10, snr_scale=(112/16)**2)),
     laptop=dict(teacher=dict(backbone="ir18", width=16, size=32, margin="adaface", epochs=6, batch_size=128, milestones=(.6, .85), warmup_steps=300),
                 student=dict(backbone="ir18", width=8, size=32, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50),
-                simmat=dict(steps=20000, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(112/32)**2)),
+                simmat=dict(steps=2450, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(112/32)**2)),
     gpu=dict(teacher=dict(backbone="ir50", width=64, size=64, margin="adaface", epochs=20, batch_size=512),
              student=dict(backbone="irse50", width=32, size=64, margin="cosface", epochs=16, batch_size=512),
              simmat=dict(steps=20000, batch_size=256, lr=5e-4, snr_scale=(112/64)**2)),
@@ -767,6 +767,8 @@ def pack(study:Study, folder:Path)->dict: # the card
                 inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())})
     pipe.unet.half(), pipe.conditioner.half()
     pipe.save_pretrained(folder/"generator")
+    for path in (folder/"generator").rglob("*.json"): # where the parts were loaded from is nobody's business
+        write_whole(path, json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}, indent=2).encode())
     write_whole(folder/"centres.safetensors", save(dict(centres=centres[:p.subjects].half().cpu().contiguous())))
     write_whole(folder/"card.json", json.dumps(card, indent=1).encode())
     return card

@@ -1,4 +1,5 @@
 "The command line on a user's own folder of JPEGs, errors included."
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,15 @@ def generator(folder, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("models") / "generator"
     ok("train-generator", "--data", folder, "--recogniser", model, "--out", out, "--preset", "smoke", "--steps", 3, "--batch-size", 8)
     return out
+
+
+def test_defaults_fit_a_small_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ok("train-recogniser", "--data", folder, *TINY[:8])  # neither batch size nor learning rate given
+    config = json.loads((tmp_path / "my_recogniser" / "recogniser.json").read_text())["config"]
+    assert config["batch_size"] == 8 and config["lr"] == pytest.approx(.1 * 8 / 512)
+    ok("groups", "--data", folder, "--model", "my_recogniser", "--n-groups", 4)
+    assert (tmp_path / "my_groups" / "groups.csv").exists()
 
 
 def test_help_is_quick_and_loads_no_torch():

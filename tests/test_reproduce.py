@@ -140,4 +140,5 @@ def test_packed_weights_are_what_was_trained(killed, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(pipe.recogniser.state_dict().values(), trained.recogniser.state_dict().values(), strict=True))
     assert torch.equal(load_file(tmp_path / "centres.safetensors")["centres"], centres.half())
     assert torch.allclose(pipe.scheduler.alphas_cumprod, trained.scheduler.alphas_cumprod)
+    assert not any(str(killed[0]) in path.read_text() for path in tmp_path.rglob("*.json"))  # no path of the machine that packed it
     assert list(card["achieved"]) == ["1", "0.6", "0.3", "0", "-0.3", "-0.6", "-1"] and 0 <= card["recogniser_accuracy"]["AVG"] <= 100
