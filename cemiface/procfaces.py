@@ -337,7 +337,7 @@ def develop(img, n, S):
 
 # %% ../nbs/01_procfaces.ipynb #a1c72d72
 def render(identity:Tensor, # [B,53] in [-1,1], columns `IDENTITY`
-           nuisance:Tensor, # [B,49], columns `NUISANCE`
+           nuisance:Tensor, # [B,48], columns `NUISANCE`
            size:int=112     # side in pixels
           )->Tensor:        # [B,3,size,size] RGB in [-1,1]
     "Photos of heads, aligned as ArcFace aligns; runs where its inputs live."
@@ -425,7 +425,7 @@ def identities(name:str, seed:int, subjects:np.ndarray)->Tensor: # [n,53]
     "Identity factors of subjects of a world or benchmark."
     return torch.tensor(2*uniform(seed, zlib.crc32(name.encode()), subjects[:, None], 10**6, np.arange(len(IDENTITY))) - 1, dtype=torch.float32)
 
-def nuisances(name:str, seed:int, subjects:np.ndarray, ks:np.ndarray, override:dict)->Tensor: # [n,49]
+def nuisances(name:str, seed:int, subjects:np.ndarray, ks:np.ndarray, override:dict)->Tensor: # [n,48]
     "Nuisance factors of photo `ks` of `subjects`."
     spec, draw = EVERYDAY | override, lambda f, j: uniform(seed, zlib.crc32(name.encode()), subjects, ks, f, j)
     return torch.tensor(np.stack([quantile(spec[f], draw(k, 0), draw(k, 1)) for k, f in enumerate(NUISANCE)], 1), dtype=torch.float32)
@@ -454,7 +454,7 @@ class ProcFaces:
     images: Tensor   # uint8 [N,3,S,S] RGB
     labels: Tensor   # int64 [N], 0..subjects-1
     identity: Tensor # [N,53], of the person who is really shown
-    nuisance: Tensor # [N,49]
+    nuisance: Tensor # [N,48]
 
 def world_faces(world:str,         # a name in `WORLDS`
                 subjects:int,      # people
