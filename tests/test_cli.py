@@ -194,7 +194,7 @@ def test_output_in_use(folder, tmp_path):
 
 
 def test_read_only_output(folder):
-    error(1, "train-recogniser", "--data", folder, "--out", "/proc/cemiface", *TINY)
+    assert len(error(1, "train-recogniser", "--data", folder, "--out", "/proc/cemiface", *TINY)) > len("cemiface train-recogniser: ")
 
 
 def test_full_disk(folder, tmp_path, monkeypatch):
