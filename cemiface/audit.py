@@ -66,6 +66,7 @@ def control_curve(m:Tensor|np.ndarray, # [N] requested similarity factor of each
 # %% ../nbs/14_audit.ipynb #cfbef833
 @figure_style()
 def plot_control(curves:dict, # name -> ControlCurve
+    levels:dict={}, # name -> {label: cosine}, horizontal lines to compare with
 ): # matplotlib figure
     "Requested similarity factor against achieved cosine: mean, standard deviation (dark) and 5th to 95th percentile (light)."
     fig, axes = plt.subplots(1, len(curves), figsize=(3.8 * len(curves), 3.2), sharey=True, squeeze=False)
@@ -76,6 +77,9 @@ def plot_control(curves:dict, # name -> ControlCurve
         ax.fill_between(m, t["mean"] - t["std"], t["mean"] + t["std"], color=m_colours(.3), alpha=.25, lw=0, label="± one std")
         ax.plot(m, t["mean"], color=m_colours(.3), label="mean", zorder=2)
         ax.scatter(m, t["mean"], color=m_colours(m), edgecolor="black", lw=.5, s=32, zorder=3)
+        for label, cosine in levels.get(name, {}).items():
+            ax.axhline(cosine, color=".3", ls="--", lw=.8, zorder=1)
+            ax.annotate(label, (1.06, cosine), (0, 2), textcoords="offset points", ha="right", fontsize=7, color=".3")
         ax.set(xlabel="requested m", xlim=(-1.08, 1.08), title=f"{name}: Spearman {c.spearman:.2f}, span {c.span:.2f}")
     axes[0, 0].set(ylabel="achieved cosine to the inquiry", ylim=(min(-.3, *(c.table["low"].min() for c in curves.values())), 1))
     axes[0, 0].legend(loc="upper left")

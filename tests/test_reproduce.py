@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from cemiface import experiments
-from cemiface.experiments import Finding, PROFILES, Study, in_order, pack, reproduce
-from cemiface.pipeline import CemiFacePipeline
+from cemiface.conditioning import GENERATORS
+from cemiface.experiments import PROFILES, Study, in_order
+from cemiface.pipeline import CemiFacePipeline, untrained_pipeline
+from cemiface.reproduction import Finding, pack, reproduce
 
 torch.set_num_threads(1)
 COMMAND = [sys.executable, "-c", "from cemiface.cli import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
-           "--results", "table1", "--results", "figure2"]
+           "--results", "table1", "--results", "figure2", "--jobs", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -81,6 +83,30 @@ def test_the_page_holds_everything(killed):
     assert "Table 1" in killed[2] and str(folder) in killed[2]
 
 
+def test_a_killed_worker_is_named(tmp_path):
+    out, said = tmp_path / "out", tmp_path / "said"
+    with open(said, "w") as file:
+        run = subprocess.Popen([*COMMAND, "--out", str(out)], stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        while len(finished(out)) < 2 and run.poll() is None: time.sleep(.02)
+        workers = subprocess.run(["pgrep", "-P", str(run.pid), "-f", "spawn_main"], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[0]), signal.SIGKILL)
+        assert run.wait(120) == 1
+    assert "its process was killed" in said.read_text() and "Not made" in (out / "smoke" / "index.html").read_text()
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    run = subprocess.Popen([*COMMAND, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    while len(finished(tmp_path)) < 1 and run.poll() is None: time.sleep(.02)
+    workers = [int(p) for p in subprocess.run(["pgrep", "-P", str(run.pid), "-f", "spawn_main"], capture_output=True, text=True).stdout.split()]
+    assert len(workers) == 2
+    run.kill()
+    run.wait()
+    for _ in range(100):
+        if not any(os.path.exists(f"/proc/{p}") for p in workers): break
+        time.sleep(.1)
+    assert not any(os.path.exists(f"/proc/{p}") for p in workers)
+
+
 def test_a_failure_is_named_and_the_rest_goes_on(killed, monkeypatch):
     out, said = killed[0], []
     def fails(*args, **kwargs): raise OSError("no space left on device")
@@ -106,7 +132,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
 
 
 def test_shipped_weights_are_used_and_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "shipped_pipeline", lambda: experiments.untrained_pipeline(experiments.GENERATORS["smoke"]))
+    monkeypatch.setattr(experiments, "shipped_pipeline", lambda: untrained_pipeline(GENERATORS["smoke"]))
     monkeypatch.setattr(experiments, "shipped_hash", lambda *parts: "0123456789ab")
     monkeypatch.setattr(experiments, "shipped_centres", lambda: torch.nn.functional.normalize(torch.randn(12, 512)))
     experiments.shipped_models.cache_clear()

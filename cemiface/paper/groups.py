@@ -9,10 +9,11 @@ __all__ = ['by_rank', 'yardstick', 'table9', 'table1', 'figure2']
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from ..experiments import Finding, Study, over_seeds, rank_agreement, result
+from ..experiments import Study
 from ..groups import group_table, plot_groups
 from ..procfaces import NUISANCE
 from ..published import published
+from ..reproduction import Finding, over_seeds, rank_agreement, result
 
 # %% ../../nbs/paper/20_groups.ipynb #a007513d
 def by_rank(measured:pd.DataFrame, # one row a group, most similar first
@@ -45,9 +46,10 @@ def table9(study:Study)->Finding:
     ranges = _ranges(study).reset_index(drop=True)
     table = by_rank(ranges[["avg_sim", "avg_largest_sim", "avg_lowest_sim", "images"]], "table9")
     first, last = table.avg_sim.iloc[0], table.avg_sim.iloc[-1]
-    drop = -table.avg_sim.diff().dropna()
-    text = (f"Mean similarity to the centre falls from {first:.2f} in the first group to {last:.2f} in the last (paper: 0.85 to 0.53). "
-            f"The largest step is between groups {drop.idxmax() - 1} and {drop.idxmax()} (paper: 3 and 4). "
+    drop, paper = -table.avg_sim.diff().dropna(), published("table9").avg_sim[:5]
+    there = (-paper.diff()).idxmax()
+    text = (f"Mean similarity to the centre falls from {first:.2f} in the first group to {last:.2f} in the last (paper: {paper.iloc[0]:.2f} to {paper.iloc[4]:.2f}). "
+            f"The largest step is between groups {drop.idxmax() - 1} and {drop.idxmax()} (paper: {there - 1} and {there}). "
             "Centres are the rows of the classification weight of the recogniser that conditions the generator.")
     return Finding(text, table)
 
