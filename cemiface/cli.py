@@ -358,6 +358,6 @@ def train_generator(
     simmat = PROFILES[preset].simmat.model_copy(update=asked)
     claim(out, "train-generator", data=data, recogniser=str(recogniser), preset=preset, images=len(faces), **simmat.model_dump())
     unet, conditioner = train(faces, network, config, simmat, out/"train")
-    CemiFacePipeline(unet, conditioner, network, ddim_scheduler(simmat.snr_scale)).save_pretrained(out/"pipeline")
+    CemiFacePipeline(unet, conditioner, network, ddim_scheduler(simmat.snr_scale, simmat.T, simmat.prediction)).save_pretrained(out/"pipeline")
     typer.echo(f"{simmat.steps} steps of {simmat.batch_size} images out of {len(faces)}; the generator is in {out/'pipeline'}\n"
                f"Draw a set: cemiface generate --inquiry proc:webface_1shot --m 0 --model {out} --out SET")

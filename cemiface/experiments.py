@@ -74,13 +74,13 @@ SIZES = dict(
 TRAINING = dict(
     smoke=dict(teacher=dict(backbone="ir18", width=8, size=16, margin="adaface", epochs=4, batch_size=32, warmup_steps=4),
                student=dict(backbone="ir18", width=8, size=16, margin="cosface", epochs=2, batch_size=32, warmup_steps=2),
-               simmat=dict(steps=60, batch_size=16, lr=2e-3, warmup_steps=10, snr_scale=(112/16)**2)),
+               simmat=dict(steps=60, batch_size=16, lr=2e-3, warmup_steps=10, snr_scale=(112/16)**2, prediction="v_prediction")),
     laptop=dict(teacher=dict(backbone="ir18", width=16, size=32, margin="adaface", epochs=6, batch_size=128, milestones=(.6, .85), warmup_steps=300),
                 student=dict(backbone="ir18", width=8, size=32, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50),
-                simmat=dict(steps=2450, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(112/32)**2)),
+                simmat=dict(steps=2450, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(112/32)**2, prediction="v_prediction")),
     gpu=dict(teacher=dict(backbone="ir50", width=64, size=64, margin="adaface", epochs=20, batch_size=512),
              student=dict(backbone="irse50", width=32, size=64, margin="cosface", epochs=16, batch_size=512),
-             simmat=dict(steps=20000, batch_size=256, lr=5e-4, snr_scale=(112/64)**2)),
+             simmat=dict(steps=20000, batch_size=256, lr=5e-4, snr_scale=(112/64)**2, prediction="v_prediction", precision="bf16")),
     paper=dict(teacher=dict(backbone="ir50", width=64, size=112, margin="adaface", epochs=40, batch_size=512),
                student=dict(backbone="irse50", width=64, size=112, margin="cosface", epochs=40, batch_size=512),
                simmat=dict(steps=30700, batch_size=160)))
@@ -225,7 +225,7 @@ class Generator(BaseModel):
         model, _ = self.recogniser.load()
         unet, conditioner = train_generator(self.faces.load(), model, GENERATORS[self.preset], self.simmat,
                                             _folder(self)/"train", progress=_bars())
-        scheduler = ddim_scheduler(self.simmat.snr_scale, self.simmat.T)
+        scheduler = ddim_scheduler(self.simmat.snr_scale, self.simmat.T, self.simmat.prediction)
         CemiFacePipeline(unet, conditioner, model, scheduler).save_pretrained(_folder(self)/"pipeline")
         return dict(device=default_device())
 

@@ -24,10 +24,11 @@ from .simmat import noise_scheduler
 
 # %% ../nbs/11_pipeline.ipynb #fd1d033b
 def ddim_scheduler(snr_scale:float=1., # of the training, see `noise_scheduler`
-                   T:int=1000          # time steps of the training
-                  )->DDIMScheduler:    # x0_hat clipped to [-1,1]
+                   T:int=1000,         # time steps of the training
+                   prediction:str="epsilon", # what the network's output means, as in its training
+                  )->DDIMScheduler:    # x0_hat clipped to [-1,1]; the first step is at T, where there is nothing but noise
     "The paper's sampler: DDIM, eta 0, on the noise schedule that the generator was trained with (Equations 1-4)."
-    return DDIMScheduler.from_config(noise_scheduler(T, snr_scale).config, clip_sample=True)
+    return DDIMScheduler.from_config(noise_scheduler(T, snr_scale, prediction).config, clip_sample=True, timestep_spacing="trailing")
 
 # %% ../nbs/11_pipeline.ipynb #8afe3d39
 def denoise(unet:UNet2DConditionModel,

@@ -353,14 +353,14 @@ def _refusal(p:Profile, seeds:int)->str:
             f"it needs data that is not here: {'; '.join(p.missing)}")
 
 # %% ../nbs/16_reproduction.ipynb #0d71ba09
-def pack(study:Study, folder:Path)->dict: # the card
+def pack(study:Study, folder:Path, **about)->dict: # the card; `about` is what else it should say
     "Write what `study` trained as the package ships it: generator/, centres.safetensors and card.json."
     pipe, centres, accuracy = study.generator().load(), study.recogniser().load()[1], study.yardstick().run()["trained"]
     control, p = study.control().load(), study.profile
     achieved = torch.einsum("mikd,id->mik", control["emb"], control["inquiry_emb"])
     card = dict(command=f"cemiface reproduce --profile {p.name} --from-scratch", device=facts(study, 0)["device"], images=p.train_subjects * p.per_subject,
                 steps=p.simmat.steps, batch_size=p.simmat.batch_size, recogniser_accuracy={k: round(v, 2) for k, v in accuracy.items()},
-                inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())})
+                inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())}) | about
     pipe.unet.half(), pipe.conditioner.half()
     pipe.save_pretrained(folder/"generator")
     for path in (folder/"generator").rglob("*.json"): # where the parts were loaded from is nobody's business

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cemiface.conditioning import GENERATORS
-from cemiface.data import FaceSet
-from cemiface.simmat import SimMatConfig, m_grid, noise_scheduler, simmat_loss, train_generator, x0_from_eps
+from cemiface.data import FaceSet, batches, to_float
+from cemiface.simmat import (Denoiser, SimMatConfig, draw_step, eps_from_v, m_grid, noise_scheduler, simmat_loss, step_generator,
+                             train_generator, x0_from_eps)
 
 TINY = GENERATORS["smoke"].model_copy(update=dict(block_out_channels=(8, 16), norm_groups=4, head_dim=8))
 SHORT = SimMatConfig(steps=12, batch_size=4, lr=1e-3, warmup_steps=2, log_every=3, save_every=0)
@@ -134,3 +135,35 @@ def test_sampler_reads_the_schedule_of_the_run(tmp_path):
     train(tmp_path, SHORT.model_copy(update=dict(steps=3, snr_scale=49.)))
     a, b = (s.alphas_cumprod.double() for s in (noise_scheduler(), DDIMScheduler.from_pretrained(tmp_path/"scheduler")))
     assert torch.allclose(b/(1-b), 49*a/(1-a), rtol=1e-2)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 999), st.sampled_from([1., 12.25, 49.]))
+def test_v_against_the_equations_written_out(t, snr_scale):
+    a = noise_scheduler(snr_scale=snr_scale).alphas_cumprod[[t]]
+    x0, eps = torch.rand(2, 1, 3, 4, 4).mul(2).sub(1)
+    root, rest = a.double().sqrt().item(), (1-a.double()).sqrt().item()
+    xt, v = root*x0.double()+rest*eps.double(), root*eps.double()-rest*x0.double()
+    assert torch.allclose(eps_from_v(xt.float(), v.float(), a), eps, atol=1e-5)
+    assert torch.allclose(x0_from_eps(xt, eps_from_v(xt, v, a.double()), a.double()), x0.double(), atol=1e-6)
+
+
+def test_losses_are_of_the_noise_whatever_the_network_puts_out(tmp_path, monkeypatch):
+    v = SHORT.model_copy(update=dict(steps=1, prediction="v_prediction", lr=1e-12, log_every=1))
+    monkeypatch.setattr(Denoiser, "forward", lambda self, xt, t, emb, m: 0*self.conditioner(emb, m).mean() + torch.zeros_like(xt))
+    train(tmp_path, v)
+    images, _, index = next(batches(faces(), 4, v.seed, 0))
+    flip, t, m, eps = draw_step(images, v, step_generator(v.seed, 0, "cpu"))
+    x = to_float(images)
+    x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+    scheduler = noise_scheduler()
+    rest = (1-scheduler.alphas_cumprod[t])[:, None, None, None].sqrt()
+    expected = (rest*scheduler.add_noise(x, eps, t)-eps).square().mean()  # v = 0: eps' is the noised image times the root of 1 - alpha
+    assert np.isclose(pd.read_csv(tmp_path/"log.csv").loss_mse[0], expected.item(), rtol=1e-4)
+
+
+def test_the_kind_of_output_travels_with_the_run(tmp_path):
+    v = SHORT.model_copy(update=dict(steps=3, prediction="v_prediction"))
+    train(tmp_path, v)
+    assert DDIMScheduler.from_pretrained(tmp_path/"scheduler").config.prediction_type == "v_prediction"
+    with pytest.raises(ValueError, match="prediction"): train(tmp_path, v.model_copy(update=dict(prediction="epsilon")))
