@@ -32,7 +32,7 @@ def noise_scheduler(
     snr_scale:float=1., # factor on the ratio of signal to noise at every step; 1 is the paper
     prediction:Literal["epsilon","v_prediction"]="epsilon", # what the network's output means
 )->DDPMScheduler:
-    "DDPM with linear betas from 1e-4 to 0.02, the paper's schedule (Eq. 1-4), for 112 px; (112/size)^2 carries it over to fewer."
+    "DDPM with linear betas from 1e-4 to 0.02, the paper's schedule (Eq. 1-4); a larger snr_scale keeps more of the image at every step."
     kw = dict(num_train_timesteps=T, beta_start=1e-4, beta_end=.02, prediction_type=prediction)
     if snr_scale==1: return DDPMScheduler(beta_schedule="linear", **kw)
     a = (1-torch.linspace(1e-4, .02, T, dtype=torch.float64)).cumprod(0)
@@ -113,7 +113,7 @@ class SimMatConfig(BaseModel, extra="forbid", frozen=True):
     weight_decay:float = Field(0., ge=0, description="of AdamW")
     clip_grad:float = Field(1., gt=0, description="largest norm of the gradient")
     T:int = Field(1000, ge=2, description="time steps")
-    snr_scale:float = Field(1., gt=0, description="of the noise schedule: 1 for 112 px, (112/size)^2 carries it over to fewer")
+    snr_scale:float = Field(1., gt=0, description="of the noise schedule: 1 is the paper's; (320/size)^2 gives m its range on small procedural faces")
     prediction:Literal["epsilon","v_prediction"] = Field("epsilon", description="what the network's output means: the noise (the paper), or v, from which the noise is computed")
     lambda_simmat:float = Field(.05, ge=0, description="weight of the similarity matching loss, Eq. 14")
     similarity:Literal["cosine","euclidean"] = Field("cosine", description="s of Eq. 11-13; Table 13")
