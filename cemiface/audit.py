@@ -82,7 +82,7 @@ def plot_control(curves:dict, # name -> ControlCurve
             ax.annotate(label, (1.06, cosine), (0, 2), textcoords="offset points", ha="right", fontsize=7, color=".3")
         ax.set(xlabel="requested m", xlim=(-1.08, 1.08), title=f"{name}: Spearman {c.spearman:.2f}, span {c.span:.2f}")
     axes[0, 0].set(ylabel="achieved cosine to the inquiry", ylim=(min(-.3, *(c.table["low"].min() for c in curves.values())), 1))
-    axes[0, 0].legend(loc="upper left")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
 # %% ../nbs/14_audit.ipynb #f84d8745
