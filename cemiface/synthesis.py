@@ -89,8 +89,9 @@ def inquiry_embeddings(pipe:CemiFacePipeline,
     for rows in torch.arange(len(images)).split(batch_size):
         part = images[rows]
         h.update(part.cpu().contiguous().numpy().tobytes())
-        given = {"inquiries": None, "embeddings": part} if part.ndim == 2 else {"inquiries": to_float(part), "embeddings": None}
-        emb.append(identity_embedding(pipe.recogniser, **given).float().cpu())
+        full = part[torch.arange(batch_size) % len(part)] # an image's embedding must not depend on how many come with it
+        given = {"inquiries": None, "embeddings": full} if part.ndim == 2 else {"inquiries": to_float(full), "embeddings": None}
+        emb.append(identity_embedding(pipe.recogniser, **given).float().cpu()[:len(part)])
     return torch.cat(emb), h.hexdigest()
 
 # %% ../nbs/12_synthesis.ipynb #53442d1b

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from cemiface.cli import app
 
-torch.set_num_threads(1)
 TINY = ("--backbone", "ir18", "--width", 8, "--size", 16, "--epochs", 2, "--batch-size", 16, "--lr", 0.02)
 
 

@@ -15,7 +15,6 @@ from cemiface.data import to_uint8
 from cemiface.pipeline import CemiFacePipeline, ddim_scheduler, identity_embedding, shipped_pipeline, untrained_pipeline
 from cemiface.simmat import noise_scheduler
 
-torch.set_num_threads(1)
 diffusers.utils.logging.disable_progress_bar()
 
 

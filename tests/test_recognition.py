@@ -27,14 +27,6 @@ def patterns(subjects=4, each=16, size=16):
     return FaceSet(images.clamp(0, 255).to(torch.uint8), labels, [str(i) for i in range(subjects)], "patterns")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def train(config=SMALL, faces=None, **kwargs): return train_recogniser(faces or patterns(), config, progress=False, **kwargs)
 
 def same(a, b):
@@ -68,7 +60,6 @@ def stopped(lookups, config, out):
 RUN = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-torch.set_num_threads(1)
 from test_recognition import slowly
 slowly(.15, out=sys.argv[1], save_seconds=0.)
 """
@@ -185,7 +176,6 @@ def test_embedding_does_not_depend_on_the_batch():
 SHARED = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-torch.set_num_threads(1)
 from test_recognition import SMALL, train
 trained = train(SMALL.model_copy(update={"epochs": 1, "augment": False}), out=sys.argv[1])
 print("sum", sum(p.double().sum() for p in trained.model.parameters()).item(), flush=True)

@@ -18,10 +18,8 @@ from cemiface.experiments import PROFILES, Study, in_order
 from cemiface.pipeline import CemiFacePipeline, untrained_pipeline
 from cemiface.reproduction import Finding, pack, reproduce
 
-torch.set_num_threads(1)
 COMMAND = [sys.executable, "-c", "from cemiface.cli import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
            "--results", "table1", "--results", "figure2", "--jobs", "2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def finished(out):
@@ -29,14 +27,14 @@ def finished(out):
 
 
 def command(out, **how):
-    return subprocess.run([*COMMAND, "--out", str(out)], capture_output=True, text=True, env=ENVIRONMENT, timeout=170, **how)
+    return subprocess.run([*COMMAND, "--out", str(out)], capture_output=True, text=True, timeout=170, **how)
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     "The folder of a run that was killed after its fifth step and then given again; with what stood before and the second run's words."
     out = tmp_path_factory.mktemp("out")
-    run = subprocess.Popen([*COMMAND, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
+    run = subprocess.Popen([*COMMAND, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while len(finished(out)) < 5 and run.poll() is None: time.sleep(.02)
     os.killpg(run.pid, signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
@@ -86,7 +84,7 @@ def test_the_page_holds_everything(killed):
 def test_a_killed_worker_is_named(tmp_path):
     out, said = tmp_path / "out", tmp_path / "said"
     with open(said, "w") as file:
-        run = subprocess.Popen([*COMMAND, "--out", str(out)], stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        run = subprocess.Popen([*COMMAND, "--out", str(out)], stdout=file, stderr=subprocess.STDOUT)
         while len(finished(out)) < 2 and run.poll() is None: time.sleep(.02)
         workers = subprocess.run(["pgrep", "-P", str(run.pid), "-f", "spawn_main"], capture_output=True, text=True).stdout.split()
         os.kill(int(workers[0]), signal.SIGKILL)
@@ -95,7 +93,7 @@ def test_a_killed_worker_is_named(tmp_path):
 
 
 def test_workers_end_with_their_parent(tmp_path):
-    run = subprocess.Popen([*COMMAND, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    run = subprocess.Popen([*COMMAND, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(finished(tmp_path)) < 1 and run.poll() is None: time.sleep(.02)
     workers = [int(p) for p in subprocess.run(["pgrep", "-P", str(run.pid), "-f", "spawn_main"], capture_output=True, text=True).stdout.split()]
     assert len(workers) == 2

@@ -24,7 +24,6 @@ from cemiface.pipeline import untrained_pipeline
 from cemiface.records import list_folder, read_image
 from cemiface.synthesis import contact_sheet, generate_set, image_file, image_noise, image_seed, m_grid, model_hash, plot_m_grid, save_contact_sheet, select_inquiries
 
-torch.set_num_threads(1)
 diffusers.utils.logging.disable_progress_bar()
 SIZE = GENERATORS["smoke"].size
 
@@ -141,7 +140,6 @@ from cemiface import synthesis
 from cemiface.conditioning import GENERATORS
 from cemiface.data import FaceSet
 from cemiface.pipeline import untrained_pipeline
-torch.set_num_threads(1)
 draw = synthesis.draw
 synthesis.draw = lambda *a: time.sleep(.05) or draw(*a)
 images = load_file(sys.argv[1])["images"]

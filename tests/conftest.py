@@ -1,0 +1,8 @@
+"One thread each: results are exact for one number of threads, and tests that run side by side do not wait for each other."
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+import torch
+
+torch.set_num_threads(1)
