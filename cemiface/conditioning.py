@@ -7,7 +7,6 @@ __all__ = ['GENERATORS', 'Conditioner', 'GeneratorConfig', 'face_unet', 'face_co
 
 # %% ../nbs/09_conditioning.ipynb #6627b910
 import math
-from typing import Literal
 import torch
 from torch import nn, Tensor
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel

@@ -453,20 +453,21 @@ class Judged(BaseModel):
     model_config = ConfigDict(extra="forbid")
     samples: Samples = Field(description="what is measured")
     judge: RealTraining = Field(description="the second recogniser")
-    benchmarks: Benchmarks = Field(description="whose first set gives each recogniser's scale")
+    benchmarks: Benchmarks = Field(description="whose proc-LFW gives each recogniser's scale")
     infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
 
     @property
     def title(self): return "samples under a second recogniser"
-    def work(self): return "embed", 2 * (self.samples.count * self.samples.per_inquiry * len(self.samples.ms) + 2 * self.benchmarks.pairs)
+    def work(self): return "embed", self.samples.count * self.samples.per_inquiry * len(self.samples.ms) + 4 * self.benchmarks.pairs
 
     @infra.apply
     def run(self)->dict:
-        drawn, (pairs, same) = self.samples.load(), next(iter(self.benchmarks.load().values()))
-        kept = {}
-        for name, net in (("E_id", self.samples.generator.recogniser.load()[0]), ("second", self.judge.load())):
-            found = embed(net, drawn["images"].flatten(0, 2)).cpu().view(*drawn["images"].shape[:3], -1)
-            kept[f"{name}/achieved"] = (found * embed(net, drawn["inquiry"]).cpu()[None, :, None]).sum(-1)
+        drawn, (pairs, same), kept = self.samples.load(), self.benchmarks.load()["proc-LFW"], {}
+        teacher, judge = self.samples.generator.recogniser.load()[0], self.judge.load()
+        again = embed(judge, drawn["images"].flatten(0, 2)).cpu().view(*drawn["images"].shape[:3], -1)
+        for name, net, found, inquiry in (("E_id", teacher, drawn["emb"], drawn["inquiry_emb"]),
+                                          ("second", judge, again, embed(judge, drawn["inquiry"]).cpu())):
+            kept[f"{name}/achieved"] = (found * inquiry[None, :, None]).sum(-1)
             a, b = embed(net, pairs).cpu().view(len(same), 2, -1).unbind(1)
             kept[f"{name}/same"], kept[f"{name}/different"] = (a * b).sum(1)[same], (a * b).sum(1)[~same]
         _keep(self, **kept)
