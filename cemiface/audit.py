@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .groups import cos_to_centre
-from .verification import M_CMAP, figure_style, m_colours, plot_cosines
+from .style import M_CMAP, figure_style, m_colours
+from .verification import plot_cosines
 
 # %% ../nbs/14_audit.ipynb #37cd8c87
 BUCKETS = {"below 0": (-np.inf, 0), "0-0.1": (0, .1), "0.1-0.2": (.1, .2), "0.2-0.3": (.2, .3), "0.3-0.4": (.3, .4), "0.4-0.5": (.4, .5), "above 0.5": (.5, np.inf)}

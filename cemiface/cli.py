@@ -54,7 +54,7 @@ def claim(out:Path, # the output folder
           command:str, # who writes there
           **settings)->Path: # what the content depends on
     "Reserve a new or empty folder, or one this very command began. ValueError if it holds something else, OSError if it can't be written."
-    from cemiface.records import write_whole
+    from cemiface.images import write_whole
     note, mine = out/"command.json", json.loads(json.dumps(dict(command=command, **settings), default=str))
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose a folder for --out")
     begun = [p.name for p in out.iterdir() if p != note] if out.exists() else []
@@ -115,7 +115,7 @@ def demo(
     from cemiface.experiments import shipped_models
     from cemiface.procfaces import world_faces
     from cemiface.recognition import embed
-    from cemiface.records import write_whole
+    from cemiface.images import write_whole
     from cemiface.synthesis import m_grid, plot_m_grid
     if out.suffix.lower() != ".png": raise ValueError(f"{out} does not end in .png: name a PNG file")
     pipe, buffer = shipped_models(), io.BytesIO()
@@ -143,7 +143,7 @@ def _inquiries(source:str, size:int, subjects:int|None, seed:int):
     "One image a subject; a folder that holds images itself is a set of inquiries, one each."
     import torch
     from cemiface.data import FaceSet
-    from cemiface.records import images_in, read_image
+    from cemiface.images import images_in, read_image
     flat = [] if source.startswith("proc:") or not Path(source).is_dir() else images_in(Path(source))
     if not flat: return _open(source, size, subjects, 1, seed)
     flat = flat[:subjects]
@@ -262,7 +262,7 @@ def verify(
     """
     import torch
     from cemiface import procfaces
-    from cemiface.records import write_whole
+    from cemiface.images import write_whole
     from cemiface.verification import evaluate
     if pairs % 20: raise ValueError(f"--pairs {pairs}: give a multiple of 20, so that ten folds hold as many same as different pairs")
     network = _recogniser(model, device)
@@ -281,7 +281,7 @@ def verify(
 def _names(source:str, faces, subjects:int|None, per_subject:int|None, seed:int)->list:
     "The file of each image of an opened folder; of a world, its number."
     from cemiface.data import choose
-    from cemiface.records import list_folder
+    from cemiface.images import list_folder
     if source.startswith("proc:"): return list(range(len(faces)))
     paths, labels, _ = list_folder(source)
     chosen = [str(paths[i]) for i in choose(labels, subjects, per_subject, seed).tolist()]
@@ -310,7 +310,7 @@ def groups(
     import pandas as pd
     from cemiface import groups as g
     from cemiface.recognition import class_centres, embed
-    from cemiface.records import write_whole
+    from cemiface.images import write_whole
     network = _recogniser(model, device)
     faces = _open(data, network.config.size, subjects, per_subject, seed, min_per_subject=n_groups, strict=strict)
     claim(out, "groups", data=data, model=str(model), n_groups=n_groups, images=len(faces), seed=seed)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .procfaces import WORLDS, world_faces
-from .records import MIN_SIDE, list_folder, read_image
+from .images import MIN_SIDE, list_folder, read_image
 
 # %% ../nbs/03_data.ipynb #a421a0ae
 def to_float(

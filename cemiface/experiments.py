@@ -28,7 +28,7 @@ from .groups import cos_to_centre, similarity_groups
 from .pipeline import CemiFacePipeline, ddim_scheduler, shipped_pipeline
 from .procfaces import BENCHMARKS, benchmark_pairs, world_faces
 from .recognition import RecogniserConfig, embed, load_recogniser, train_recogniser
-from .records import write_whole
+from .images import write_whole
 from .simmat import SimMatConfig, train_generator
 from .synthesis import draw, generate_set, image_seed, select_inquiries
 from .verification import evaluate

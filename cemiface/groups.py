@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .verification import figure_style, m_colours
+from .style import figure_style, m_colours
 
 # %% ../nbs/08_groups.ipynb #a65f4f9b
 def cos_to_centre(emb:Tensor|np.ndarray, # [N,D], raw or normalised

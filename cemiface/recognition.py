@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from .backbones import IResNet, backbone
 from .data import FaceSet, augment, batches, to_float
 from .margins import cosines, margin_head
-from .records import write_whole
+from .images import write_whole
 
 # %% ../nbs/06_recognition.ipynb #cda02408
 class RecogniserConfig(BaseModel, extra="forbid"):

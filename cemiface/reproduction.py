@@ -32,7 +32,7 @@ from .conditioning import GENERATORS
 from .experiments import Profile, Study, default_device, in_order, parts
 from .pipeline import untrained_pipeline
 from .procfaces import world_faces
-from .records import write_whole
+from .images import write_whole
 from .synthesis import draw
 
 # %% ../nbs/16_reproduction.ipynb #d98eb538

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .conditioning import Conditioner, GeneratorConfig, face_conditioner, face_unet
 from .data import FaceSet, batches, to_float
 from .recognition import fresh_accelerator
-from .records import write_whole
+from .images import write_whole
 
 # %% ../nbs/10_simmat.ipynb #c7ab8653
 def noise_scheduler(

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 import cemiface
 from .data import FaceSet, to_float, to_uint8
 from .pipeline import CemiFacePipeline, identity_embedding, similarity_factors
-from .records import encode_image, write_whole
+from .images import encode_image, write_whole
 
 # %% ../nbs/12_synthesis.ipynb #80fb334a
 def select_inquiries(emb:Tensor, # [N,D] embeddings of the candidates, in order of preference

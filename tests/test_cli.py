@@ -197,7 +197,7 @@ def test_read_only_output(folder):
 
 def test_full_disk(folder, tmp_path, monkeypatch):
     def full(path, data): raise OSError(28, f"could not write {path} (No space left on device): free some space")
-    monkeypatch.setattr("cemiface.records.write_whole", full)
+    monkeypatch.setattr("cemiface.images.write_whole", full)
     assert "No space left" in error(1, "train-recogniser", "--data", folder, "--out", tmp_path / "out", *TINY)
 
 

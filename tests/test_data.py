@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from cemiface.data import (FaceSet, FolderImages, augment, batches, choose, epoch_order, erase, flip_crop, jitter, open_faces, to_float, to_uint8,
                            turn_hue)
-from cemiface.records import encode_image, write_folder, write_whole
+from cemiface.images import encode_image, write_folder, write_whole
 
 
 def seeded(seed=0):

@@ -17,11 +17,11 @@ from diffusers import DDPMScheduler, UniPCMultistepScheduler
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
-from cemiface import records, synthesis
+from cemiface import images as image_files, synthesis
 from cemiface.conditioning import GENERATORS
 from cemiface.data import FaceSet, open_faces
 from cemiface.pipeline import untrained_pipeline
-from cemiface.records import list_folder, read_image
+from cemiface.images import list_folder, read_image
 from cemiface.synthesis import contact_sheet, generate_set, image_file, image_noise, image_seed, m_grid, model_hash, plot_m_grid, save_contact_sheet, select_inquiries
 
 diffusers.utils.logging.disable_progress_bar()
@@ -209,7 +209,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_after_it(pipe, tmp_path, monkey
         writes.append(1)
         if len(writes) > 6: raise OSError(errno.ENOSPC, "No space left on device")
         fsync(fd)
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(image_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device.*free some space") as e: make(pipe, out)
     assert e.value.errno == errno.ENOSPC and 0 < len(list(out.glob("*/*.png"))) < 15
     monkeypatch.undo()
@@ -220,7 +220,7 @@ def test_a_read_only_folder_is_told_before_anything_is_drawn(pipe, tmp_path, mon
     calls = []
     monkeypatch.setattr(synthesis, "draw", lambda *a: calls.append(1))
     def read_only(*a, **kw): raise OSError(errno.EROFS, "Read-only file system")
-    monkeypatch.setattr(records.os, "replace", read_only)
+    monkeypatch.setattr(image_files.os, "replace", read_only)
     with pytest.raises(OSError, match="Read-only file system"): make(pipe, tmp_path/"set")
     assert not calls
 

@@ -19,7 +19,7 @@ from ..experiments import Study
 from ..published import beside, published, trusted
 from ..reproduction import Finding, over_seeds, rank_agreement, result
 from ..synthesis import plot_m_grid
-from ..verification import figure_style, m_colours
+from ..style import figure_style, m_colours
 
 # %% ../../nbs/paper/21_impact_of_m.ipynb #815ff121
 def achieved(kept:dict, # of a `Samples` task: emb [M,N,K,D], inquiry_emb [N,D]
