@@ -8,10 +8,14 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from test_checkpoints import AdaFaceNet, trained
 from typer.testing import CliRunner
 
 from cemiface.cli import app
+from cemiface.pairs import open_pairs, write_bin
+from cemiface.records import open_encoded
 
 TINY = ("--backbone", "ir18", "--width", 8, "--size", 16, "--epochs", 2, "--batch-size", 16, "--lr", 0.02)
 
@@ -83,11 +87,95 @@ def test_help_is_quick_and_loads_no_torch():
 
 
 def test_verify_own_folder(folder, model, tmp_path):
-    words = ("verify", "--model", model, "--data", folder, "--pairs", 40, "--out", tmp_path / "table.csv")
-    first = ok(*words)
-    assert first == ok(*words)  # pairs are seeded
-    table = pd.read_csv(tmp_path / "table.csv", index_col=0)
+    words = ("verify", "--model", model, "--data", folder, "--pairs", 40, "--out", tmp_path / "verified")
+    first = run(*words)
+    assert first.exit_code == 0 and first.stdout == run(*words).stdout  # pairs are seeded
+    table = pd.read_csv(tmp_path / "verified" / "table.csv", index_col=0)
     assert list(table.index) == [folder.name, "AVG"] and 0 <= table.accuracy.iloc[0] <= 100 and table.pairs.iloc[0] == 40
+    assert "sets" in error(2, "verify", "--model", model, "--data", folder, "--sets", "lfw.bin")
+
+
+@pytest.fixture(scope="module")
+def bins(folder, tmp_path_factory):
+    "Two verification files of the folder's faces: twenty pairs each, one image in several."
+    root, rng = tmp_path_factory.mktemp("bins"), np.random.default_rng(0)
+    read = lambda s, k: (folder / f"person {s}" / f"{k}.jpg").read_bytes()
+    for name in ("lfw", "cfp_fp"):
+        same = [True, False] * 10
+        images = [read(s, k) for is_same, s in zip(same, rng.integers(0, 4, 20)) for s, k in ((s, rng.integers(0, 4)), (s if is_same else (s + 1) % 4, rng.integers(4, 8)))]
+        write_bin(root / f"{name}.bin", images, same)
+    return f"{root}/lfw.bin,{root}/cfp_fp.bin"
+
+
+def test_verify_bin_files(model, bins, tmp_path):
+    assert "tar@0.001" not in ok("verify", "--model", model, "--sets", bins, "--out", tmp_path / "out")     # twenty pairs resolve no FAR of 1e-3
+    table = pd.read_csv(tmp_path / "out" / "table.csv", index_col=0)
+    assert list(table.index) == ["lfw", "cfp_fp", "AVG"] and (table.pairs == [20, 20, 40]).all()
+    assert (table.ci_low <= table.accuracy).all() and (table.accuracy <= table.ci_high).all()
+    assert Image.open(tmp_path / "out" / "verification.png").size[0] > 300
+    assert "nowhere.bin" in error(2, "verify", "--model", model, "--sets", "nowhere.bin")
+
+
+def test_a_recipe_judged_after_each_epoch(folder, bins, tmp_path):
+    said = ok("train-recogniser", "--data", folder, "--out", tmp_path / "m", "--recipe", "adaface", "--sets", bins, *TINY)
+    assert "ir18 + adaface, 2 epochs" in said and "best" in said
+    history = pd.read_csv(tmp_path / "m" / "history.csv")
+    assert {"lfw", "cfp_fp", "AVG"} <= set(history) and len(history) == 2 and np.allclose(history.AVG, (history.lfw + history.cfp_fp) / 2)
+    assert json.loads((tmp_path / "m" / "recogniser.json").read_text())["config"]["decay_norms"] is False
+    assert (tmp_path / "m" / "history.png").exists()
+
+
+def test_from_a_folder_to_groups_as_sets_to_a_recogniser_on_one(folder, model, tmp_path):
+    assert "32 images of 4 subjects" in ok("data", "convert", folder, tmp_path / "rec")
+    assert sorted(p.name for p in (tmp_path / "rec").iterdir()) == ["property", "subjects.txt", "train.idx", "train.rec"]
+    for centres in ("means", "weights"):
+        out = tmp_path / centres
+        ok("groups", "--data", tmp_path / "rec", "--model", model, "--out", out, "--n-groups", 4, "--write", "list", "--centres", centres)
+        images = pd.read_csv(out / "images.csv")
+        assert images.image.str.contains("train.rec, record").all() and len(images) == 32
+    assert "8 images of 4 subjects" in ok("train-recogniser", "--data", tmp_path / "means" / "group_1.txt", "--out", tmp_path / "m", *TINY[:8], "--batch-size", 4)
+    assert "class centres" in error(2, "groups", "--data", folder, "--model", model, "--subjects", 3, "--out", tmp_path / "x", "--centres", "weights", "--n-groups", 4)
+    assert "rendered" in error(2, "groups", "--data", "proc:casia", "--subjects", 2, "--model", model, "--out", tmp_path / "y", "--write", "list")
+
+
+def test_data_commands(folder, bins, tmp_path):
+    ok("data", "convert", folder, tmp_path / "rec"), ok("data", "convert", tmp_path / "rec", tmp_path / "back")
+    for p in folder.rglob("*.jpg"): assert (tmp_path / "back" / p.parent.name / p.name).read_bytes() == p.read_bytes()
+    ok("data", "convert", tmp_path / "rec", tmp_path / "all.txt")
+    assert len(open_encoded(tmp_path / "all.txt")) == 32
+    lfw = bins.split(",")[0]
+    ok("data", "convert", lfw, tmp_path / "pairs"), ok("data", "convert", tmp_path / "pairs", tmp_path / "again.bin")
+    assert (open_pairs(tmp_path / "again.bin").encoded()) == open_pairs(lfw).encoded()
+    assert run("data", "lint", tmp_path / "rec").exit_code == 0
+    (tmp_path / "back" / "person 0" / "0.jpg").write_bytes(b"junk")
+    found = run("data", "lint", tmp_path / "back", "--out", tmp_path / "lint.csv")
+    assert found.exit_code == 1 and "unreadable" in found.stdout and "unreadable" in list(pd.read_csv(tmp_path / "lint.csv").rule)
+    said = run("data", "lint", tmp_path / "nothing")
+    assert said.exit_code == 2 and said.output.strip().splitlines()[-1].startswith("cemiface data lint: ")
+
+
+def test_align(tmp_path):
+    photo = np.zeros((200, 240, 3), np.uint8)
+    (tmp_path / "photos" / "ann").mkdir(parents=True)
+    Image.fromarray(photo + np.uint8(90)).save(tmp_path / "photos" / "ann" / "1.png"), Image.fromarray(photo).save(tmp_path / "photos" / "ann" / "2.png")
+    (tmp_path / "marks.csv").write_text("ann/1.png,90,90,130,90,110,110,95,130,125,130\n")
+    said = run("data", "align", tmp_path / "photos", tmp_path / "faces", "--landmarks", tmp_path / "marks.csv")
+    assert said.exit_code == 0 and "1 of 2 photos aligned to 112 px" in said.stdout and "no face: ann/2.png" in said.stderr
+    assert Image.open(tmp_path / "faces" / "ann" / "1.png").size == (112, 112)
+    assert run("data", "align", tmp_path / "photos", tmp_path / "faces").exit_code == 2
+
+
+def test_a_public_checkpoint_is_imported_verified_and_exported(bins, tmp_path):
+    net = trained(AdaFaceNet(18, w=4, d=16, side=2))
+    torch.save({"state_dict": {f"model.{k}": v for k, v in net.state_dict().items()} | {"head.kernel": torch.randn(16, 4)}}, tmp_path / "ada.ckpt")
+    assert "stored for BGR, 4 class centres" in ok("recogniser", "import", tmp_path / "ada.ckpt", "--out", tmp_path / "ada")
+    tables = [run("verify", "--model", model, "--sets", bins).stdout for model in (tmp_path / "ada", tmp_path / "ada.ckpt")]
+    assert tables[0] == tables[1] and "cfp_fp" in tables[0]
+    ok("recogniser", "export", "--model", tmp_path / "ada", "--out", tmp_path / "ada.onnx")
+    assert (tmp_path / "ada.onnx").stat().st_size > 10_000
+    (tmp_path / "bad.ckpt").write_bytes(b"junk")
+    said = run("recogniser", "import", tmp_path / "bad.ckpt")
+    assert said.exit_code == 2 and said.output.strip().splitlines()[-1].startswith("cemiface recogniser import: ")
 
 
 def test_groups_of_own_folder(folder, model, tmp_path):
@@ -138,7 +226,7 @@ def test_empty_folder(tmp_path):
         if command == "train-recogniser":
             assert str(tmp_path / "none") in error(2, command, option, tmp_path / "none", "--out", tmp_path / "out", *TINY)
     assert not (tmp_path / "out").exists()
-    assert "there is no folder" in error(2, "train-recogniser", "--data", tmp_path / "gone", "--out", tmp_path / "out")
+    assert "there is no " in error(2, "train-recogniser", "--data", tmp_path / "gone", "--out", tmp_path / "out")
 
 
 def test_generate_from_an_empty_folder(generator, tmp_path):

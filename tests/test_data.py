@@ -2,19 +2,24 @@
 import colorsys
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cemiface.data import (FaceSet, FolderImages, augment, batches, choose, epoch_order, erase, flip_crop, jitter, open_faces, to_float, to_uint8,
+from cemiface.data import (AUGMENT_DRAWS, EncodedImages, FaceSet, augment, batches, choose, epoch_order, erase, flip_crop, jitter, lookups, open_faces, to_float, to_uint8,
                            turn_hue)
 from cemiface.images import encode_image, write_folder, write_whole
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def draws(seed, n):
+    return torch.rand(n, AUGMENT_DRAWS, generator=seeded(seed))
 
 
 def noise(n, size=16, seed=0):
@@ -39,7 +44,7 @@ def test_a_folder_is_read_as_it_was_written(folder):
 
 def test_lazy_and_eager_give_the_same_batches(folder):
     eager, lazy = open_faces(folder, 16), open_faces(folder, 16, memory=18*3*16*16-1)
-    assert isinstance(open_faces(folder, 16, memory=18*3*16*16).images, torch.Tensor) and isinstance(lazy.images, FolderImages)
+    assert isinstance(open_faces(folder, 16, memory=18*3*16*16).images, torch.Tensor) and isinstance(lazy.images, EncodedImages)
     for sets in ((eager, lazy), (eager.subset(eager.labels > 1), lazy.subset(lazy.labels > 1)),
                  (eager.subset([17, 0, 3]).subset([2, 0]), lazy.subset([17, 0, 3]).subset([2, 0]))):
         assert repr(sets[0]) == repr(sets[1]) and sets[0].images.shape == tuple(sets[1].images.shape)
@@ -48,19 +53,41 @@ def test_lazy_and_eager_give_the_same_batches(folder):
     assert torch.equal(lazy.images[torch.tensor(4)], eager.images[4]) and lazy.images[torch.tensor([], dtype=torch.long)].shape == (0, 3, 16, 16)
 
 
-@pytest.mark.parametrize("memory", [0, 1 << 30])
-def test_damaged_files_are_skipped_and_named_or_raised(folder, memory):
+def damage(folder):
     write_whole(folder/"2"/"cut.jpg", encode_image(noise(1)[0], "jpg")[:300])
     write_whole(folder/"9"/"empty.png", b"")
     write_whole(folder/"all bad"/"0.png", b"junk")
+
+
+def test_damaged_files_are_skipped_and_named_or_raised(folder):
+    damage(folder)
     with pytest.warns(UserWarning, match="3 of 21 images .* left out; the first: .*cut.jpg"):
-        faces = open_faces(folder, 16, memory=memory)
+        faces = open_faces(folder, 16)
     assert [m.split(":")[0].rsplit("/", 1)[1] for m in faces.skipped] == ["cut.jpg", "empty.png", "0.png"]
     assert faces.subjects == ["1", "2", "9", "10"] and faces.labels.max() == 3
-    assert torch.equal(faces.images[torch.arange(18)], noise(18))
+    assert torch.equal(faces.images, noise(18))
     assert "3 files skipped" in repr(faces)
     with pytest.raises(ValueError, match="cut.jpg: damaged"):
-        open_faces(folder, 16, memory=memory, on_bad="raise")
+        open_faces(folder, 16, on_bad="raise")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_image_takes_a_damaged_ones_place_in_a_large_set(folder, workers):
+    damage(folder)
+    faces = open_faces(folder, 16, memory=0)
+    faces.images.workers = workers
+    names = [faces.images.encoded.where(k).rsplit("/", 2)[1:] for k in range(len(faces))]
+    subject = torch.tensor([["1", "2", "9", "10", "all bad"].index(s) for s, _ in names])
+    readable = [k for k in range(len(faces)) if subject[k] < 4]
+    read = torch.cat(list(lookups(faces.images, torch.tensor(readable).split(5))))
+    known = {row.numpy().tobytes(): k for k, row in enumerate(noise(18))}
+    owner = torch.arange(4).repeat_interleave(torch.tensor([3, 4, 5, 6]))
+    assert [owner[known[row.numpy().tobytes()]].item() for row in read] == subject[readable].tolist()     # of the same subject, always
+    bad = torch.tensor([names.index(["all bad", "0.png"])])
+    with pytest.raises(ValueError, match="^[^\n]*all bad/0.png: not one of[^\n]*$"): list(lookups(faces.images, [bad]))
+    with pytest.warns(UserWarning, match="cut.jpg: damaged .* takes its place"): faces.images[torch.tensor(names.index(["2", "cut.jpg"]))]
+    strict = open_faces(folder, 16, memory=0, on_bad="raise")
+    with pytest.raises(ValueError, match="cut.jpg: damaged"): strict.images[torch.tensor(names.index(["2", "cut.jpg"]))]
 
 
 def test_nothing_readable_is_an_error(tmp_path):
@@ -70,8 +97,8 @@ def test_nothing_readable_is_an_error(tmp_path):
 
 
 def test_a_file_lost_after_opening_is_named(folder):
-    lazy = open_faces(folder, 16, memory=0)
-    lazy.images.paths[5].unlink()
+    lazy = open_faces(folder, 16, memory=0, on_bad="raise")
+    Path(lazy.images.encoded.where(5)).unlink()
     assert len(lazy.images[torch.tensor([4, 6])]) == 2
     with pytest.raises(OSError, match="could not read .*png"):
         lazy.images[torch.tensor([4, 5])]
@@ -284,33 +311,29 @@ def test_erase_reaches_every_edge_and_never_crosses_it(corner):
         assert (rows[0] == 0) if corner[1] == 0 else (rows[-1] == size-1)
 
 
-def test_augment_is_a_function_of_the_generator_alone():
-    x = to_float(noise(16))
-    kept = x.clone()
-    torch.manual_seed(0); a = augment(x, seeded(7))
-    torch.manual_seed(9); b = augment(x, seeded(7))
-    assert torch.equal(a, b) and torch.equal(x, kept)          # and the input is left alone
-    g = seeded(7)
-    first, state = augment(x, g), g.get_state()
-    second = augment(x, g)
-    assert torch.equal(first, a) and not torch.equal(first, second)
-    g.set_state(state)
-    assert torch.equal(augment(x, g), second)                  # resumes from a saved state
-    assert not torch.equal(a[0], augment(x[:1].expand(16, -1, -1, -1), seeded(7))[1])   # each image has its own draw
+def test_augment_is_a_function_of_its_draws_alone():
+    x, u = to_float(noise(16)), draws(7, 16)
+    kept = x.clone(), u.clone()
+    torch.manual_seed(0); a = augment(x, u)
+    torch.manual_seed(9); b = augment(x, u)
+    assert torch.equal(a, b) and torch.equal(x, kept[0]) and torch.equal(u, kept[1])    # and the input is left alone
+    assert not torch.equal(a, augment(x, draws(8, 16)))
+    for rank in range(3): assert torch.allclose(augment(x[rank::3], u[rank::3]), a[rank::3], atol=1e-6)    # whoever works on it
+    assert not torch.equal(a[0], augment(x[:1].expand(16, -1, -1, -1), u)[1])            # each image has its own draw
 
 
 @pytest.mark.parametrize("size", [8, 17, 112])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_augment_keeps_shape_range_and_type(size, dtype):
     x = to_float(noise(4, size)).to(dtype)
-    y = augment(x, seeded(0))
+    y = augment(x, draws(0, 4))
     assert y.shape == x.shape and y.dtype == dtype and y.abs().max() <= 1 and y.isfinite().all()
-    assert augment(x[:0], seeded(0)).shape == (0, 3, size, size)
+    assert augment(x[:0], draws(0, 0)).shape == (0, 3, size, size)
 
 
 def test_augment_of_a_constant_face_stays_constant_outside_the_box():
     x = torch.full((64, 3, 16, 16), .2)
-    y = augment(x, seeded(1))
+    y = augment(x, draws(1, 64))
     erased = (y == 0).all(1)
     assert 16 < erased.flatten(1).any(1).sum() < 48
     assert (y-torch.where(erased[:, None], 0, y.flatten(2).median(2)[0][..., None, None])).abs().max() < 1e-5
@@ -319,5 +342,5 @@ def test_augment_of_a_constant_face_stays_constant_outside_the_box():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_augment_on_a_gpu_agrees_with_the_cpu():
     x = to_float(noise(16, 64))
-    assert (augment(x, seeded(0))-augment(x.cuda(), seeded(0)).cpu()).abs().max() < 1e-3
-    assert augment(x.cuda(), torch.Generator("cuda").manual_seed(0)).device.type == "cuda"
+    y = augment(x.cuda(), draws(0, 16).cuda())
+    assert y.device.type == "cuda" and (augment(x, draws(0, 16))-y.cpu()).abs().max() < 1e-3

@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 
 from cemiface.data import FaceSet
-from cemiface.recognition import RecogniserConfig, class_centres, embed, load_recogniser, load_state, train_recogniser
+from cemiface.data import to_float as recognition_to_float
+from cemiface.margins import MARGINS
+from cemiface.recognition import (RECIPES, RecogniserConfig, class_centres, embed, fresh_accelerator, load_recogniser, load_state, save_recogniser,
+                                  train_recogniser)
 
 SMALL = RecogniserConfig(backbone="ir18", size=16, width=4, emb_dim=16, epochs=2, batch_size=16, lr=.05)
 
@@ -81,7 +85,7 @@ def test_kill_and_resume_is_bit_identical(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["centres.safetensors", "history.csv", "model", "recogniser.json"]
 
 
-@pytest.mark.parametrize("change", [{}, {"margin": "adaface", "dropout": .3}, {"margin": "arcface", "backbone": "irse18", "augment": False}])
+@pytest.mark.parametrize("change", [{}, {"margin": "adaface", "dropout": .3}, {"margin": "arcface", "backbone": "irse18", "augment": "flip", "decay_norms": False}])
 def test_resume_at_any_batch_is_bit_identical(tmp_path, change):
     config = SMALL.model_copy(update=change)
     for lookups in (1, 3, 2): stopped(lookups, config, tmp_path) # cut within an epoch, at its end, and within the next
@@ -131,6 +135,35 @@ def test_a_damaged_state_is_named(tmp_path, data):
     with pytest.raises(ValueError, match="state.pt is damaged .* delete it"): train(out=tmp_path)
 
 
+def poisoned(monkeypatch, step):
+    "Let the images of one step be NaN, counted from 0."
+    left = [step]
+    def to_float(images):
+        left[0] -= 1
+        return recognition_to_float(images) * (float("nan") if left[0] == -1 else 1)
+    monkeypatch.setattr("cemiface.recognition.to_float", to_float)
+
+@pytest.mark.parametrize("step, epoch, batch", [(2, 1, 3), (3, 1, 4), (6, 2, 3)])
+def test_a_poisoned_batch_stops_the_run_and_the_same_call_goes_on(tmp_path, monkeypatch, step, epoch, batch):
+    for change in ({}, {"clip": None}):
+        config, out = SMALL.model_copy(update=change), tmp_path / str(len(change))
+        with monkeypatch.context() as m, pytest.raises(FloatingPointError) as e:
+            poisoned(m, step)
+            train(config, out=out, save_seconds=0.)
+        assert f"in epoch {epoch}, batch {batch}, " in str(e.value) and f"{out / 'state.pt'} holds the last good state: the same call goes on" in str(e.value)
+        state = torch.load(out / "state.pt", weights_only=True)
+        assert (state["epoch"], state["batch"]) == divmod(step, 4) # everything before the poisoned batch
+        assert all(v.isfinite().all() for v in (state["head"] | state["net"]).values())
+        assert same(train(config, out=out), train(config))
+
+
+def test_weights_that_overflow_are_never_saved(tmp_path):
+    def spoil(model): model.fc.weight.data[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="fc.weight and 0 other weights are not finite after 1 epochs and 0 batches.* holds no state yet"):
+        train(out=tmp_path, evaluate=lambda model: spoil(model) or {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_stops_at_nan_and_keeps_the_last_good_state(tmp_path):
     wild = SMALL.model_copy(update={"lr": 1e12, "warmup_steps": 0, "epochs": 4})
     with pytest.raises(FloatingPointError, match=r"epoch \d+, batch \d+, learning rate 1e\+12: lower lr"): train(wild, out=tmp_path, save_seconds=0.)
@@ -140,9 +173,9 @@ def test_stops_at_nan_and_keeps_the_last_good_state(tmp_path):
 
 
 def test_it_learns_and_reports():
-    trained = train(SMALL.model_copy(update={"epochs": 8, "augment": False}), evaluate=lambda model: {"answer": np.float64(42), "mode": model.training})
+    trained = train(SMALL.model_copy(update={"epochs": 8, "augment": "none"}), evaluate=lambda model: {"answer": np.float64(42), "mode": model.training})
     h = trained.history
-    assert list(h.columns) == ["epoch", "loss", "accuracy", "seconds", "answer", "mode"] and list(h["epoch"]) == list(range(1, 9))
+    assert list(h.columns) == ["epoch", "loss", "accuracy", "lr", "seconds", "answer", "mode"] and list(h["epoch"]) == list(range(1, 9))
     assert h["accuracy"].iloc[-1] > .9 and h["loss"].iloc[-1] < h["loss"].iloc[0] / 2 and (h["answer"] == 42).all() and (h["mode"] == 0).all()
     faces = patterns()
     emb = embed(trained.model, faces, flip=True)
@@ -153,7 +186,7 @@ def test_it_learns_and_reports():
 @cache
 def plain(): return train()
 
-@pytest.mark.parametrize("change", [{"augment": False}, {"precision": "bf16"}, {"margin": "arcface"}, {"margin": "adaface"}, {"margin_m": .1}, {"margin_s": 16.},
+@pytest.mark.parametrize("change", [{"augment": "none"}, {"augment": "flip"}, {"decay_norms": False}, {"clip": None}, {"precision": "bf16"}, {"margin": "arcface"}, {"margin": "adaface"}, {"margin_m": .1}, {"margin_s": 16.},
                                     {"clip": .1}, {"lr": .01}, {"milestones": (.1,)}, {"weight_decay": .1}, {"momentum": 0.}, {"dropout": .5}, {"seed": 1}])
 def test_every_setting_changes_the_result(change):
     a, b = (torch.cat([p.flatten() for p in t.model.parameters()]) for t in (train(SMALL.model_copy(update=change)), plain()))
@@ -173,25 +206,120 @@ def test_embedding_does_not_depend_on_the_batch():
     torch.testing.assert_close(one.norm(dim=1), torch.ones(len(faces)))
 
 
+
+def test_names_for_settings_are_those_of_their_modules():
+    assert [m for m in MARGINS if RecogniserConfig(margin=m)] == list(MARGINS)
+    assert all(RecogniserConfig(**r.model_dump(mode="json")) == r for r in RECIPES.values())
+    with pytest.raises(ValueError, match="belongs to margin='arcface'"): RecogniserConfig(margin_gradient=False)
+    with pytest.raises(ValueError, match="frozen"): RECIPES["arcface"].epochs = 3
+
+
+def test_insightfaces_form_of_the_margin_is_another_training():
+    a, b = (train(SMALL.model_copy(update={"margin": "arcface", "margin_gradient": g})) for g in (True, False))
+    assert not torch.equal(a.centres, b.centres)
+
+
+def test_one_step_without_weight_decay_on_norms():
+    "Independent arithmetic: with no rate but decay, one step leaves a spared weight where it was."
+    faces, seen = patterns(each=4), {}
+    start = train(SMALL.model_copy(update={"epochs": 1, "lr": 1e-30}), faces).model.state_dict()
+    for decay_norms in (True, False):
+        config = SMALL.model_copy(update={"epochs": 1, "weight_decay": 1e3, "clip": 1e-30, "decay_norms": decay_norms, "warmup_steps": 0, "lr": 1e-5})
+        seen[decay_norms] = train(config, faces).model.state_dict()
+    for key in ("bn1.weight", "layer1.0.bn1.weight", "layer4.0.downsample.1.weight"):
+        torch.testing.assert_close(seen[False][key], start[key])
+        torch.testing.assert_close(seen[True][key], start[key] * (1 - 1e-5 * 1e3))
+    for key in ("conv1.weight", "prelu.weight", "fc.weight", "fc.bias"):
+        for state in seen.values(): torch.testing.assert_close(state[key], start[key] * (1 - 1e-5 * 1e3))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="a minute of C++ on a CPU"))])
+def test_compiled_is_the_same_training(tmp_path, monkeypatch, backend):
+    compile, calls = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: calls.append(net) or compile(net, backend=backend))
+    compiled = train(SMALL.model_copy(update={"epochs": 1, "compile": True}), out=tmp_path, evaluate=lambda model: {"mean": embed(model, patterns()).mean()})
+    eager = train(SMALL.model_copy(update={"epochs": 1}))
+    assert len(calls) == 1 # by one of the two
+    np.testing.assert_allclose(compiled.history["loss"], eager.history["loss"], rtol=1e-4)
+    torch.testing.assert_close(compiled.centres, eager.centres, atol=1e-3, rtol=0)
+    assert torch.equal(embed(load_recogniser(tmp_path).model, patterns()), embed(compiled.model, patterns()))
+
+
+class Notes(GeneralTracker):
+    name, requires_logging_directory, main_process_only = "notes", False, True
+    def __init__(self): super().__init__(); self.entries, self.finished = [], 0
+    @property
+    def tracker(self): return self.entries
+    def store_init_configuration(self, values): self.settings = values
+    def log(self, values, step=None, **_): self.entries.append((step, values))
+    def finish(self): self.finished += 1
+
+def test_trackers_hear_of_steps_and_epochs(tmp_path):
+    notes = Notes()
+    trained = train(evaluate=lambda model: {"AVG": 50.}, log_with=notes, log_steps=3)
+    assert same(trained, plain().__class__(**(vars(plain()) | {"history": plain().history.assign(AVG=50.)})))
+    assert [(step, sorted(values)) for step, values in notes.entries] == [
+        (0, ["accuracy", "loss", "lr"]), (3, ["accuracy", "loss", "lr"]), (3, ["AVG", "epoch"]), (6, ["accuracy", "loss", "lr"]), (7, ["AVG", "epoch"])]
+    assert notes.settings["backbone"] == "ir18" and notes.finished == 1
+    heard = []
+    every = Notes()
+    train(log_with=every, log_steps=1)
+    for epoch in range(2): heard.append(np.mean([v["loss"] for s, v in every.entries if "loss" in v and s // 4 == epoch]))
+    np.testing.assert_allclose(heard, plain().history["loss"], rtol=1e-6)
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    assert same(train(out=tmp_path, log_with="tensorboard", log_steps=4), plain())
+    assert list((tmp_path / "recogniser").glob("events*"))
+    with pytest.raises(ValueError, match="logging_dir"): train(log_with="tensorboard") # no folder to write to
+    fresh_accelerator("no")
+
+
+def test_what_a_checkpoint_does_not_bring_is_left_out(tmp_path):
+    trained = plain()
+    saved = save_recogniser(tmp_path, type(trained)(trained.model, None, trained.history[:0], None, {"file": "a.ckpt"}))
+    again = load_recogniser(saved)
+    assert (again.centres, again.config, again.source, len(again.history)) == (None, None, {"file": "a.ckpt"}, 0)
+    with pytest.raises(ValueError, match="another folder"): train(out=tmp_path)
+
+
+def test_what_is_evaluated_is_what_is_kept():
+    seen = []
+    trained = train(SMALL.model_copy(update={"precision": "bf16"}), evaluate=lambda model: seen.append(embed(model, patterns())) or {})
+    assert torch.equal(embed(trained.model, patterns()), seen[-1])
+
+
+def test_embedding_in_half_precision():
+    trained, faces = plain(), patterns()
+    half, full = embed(trained.model, faces, precision="bf16"), embed(trained.model, faces)
+    assert half.dtype == torch.float32 and not torch.equal(half, full) and (half * full).sum(1).min() > .98
+
+
 SHARED = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from test_recognition import SMALL, train
-trained = train(SMALL.model_copy(update={"epochs": 1, "augment": False}), out=sys.argv[1])
-print("sum", sum(p.double().sum() for p in trained.model.parameters()).item(), flush=True)
+from test_recognition import JOINT, train
+train(JOINT, out=sys.argv[1])
 """
+JOINT = SMALL.model_copy(update={"margin": "adaface", "backbone": "irse18"})
 
-def test_two_processes_share_a_batch(tmp_path):
-    (tmp_path / "run.py").write_text(SHARED)
+def processes(folder, world):
+    "Run SHARED in several processes, and wait for them."
+    (folder / "run.py").write_text(SHARED)
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "out"), str(Path(__file__).parent)]
-    runs = [subprocess.Popen(command, env=env | {"RANK": k, "LOCAL_RANK": k}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for k in "01"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = [sys.executable, str(folder / "run.py"), str(folder), str(Path(__file__).parent)]
+    runs = [subprocess.Popen(command, env=env | {"RANK": str(k), "LOCAL_RANK": str(k)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for k in range(world)]
     try: results = [run.communicate(timeout=300) for run in runs]
     finally: [run.kill() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], results
-    sums = [[line for line in out.splitlines() if line.startswith("sum")] for out, _ in results]
-    assert sums[0] == sums[1] and len(sums[0]) == 1 # the same weights on both
-    assert len(load_recogniser(tmp_path / "out").history) == 1
+    assert [run.returncode for run in runs] == [0] * world, results
+
+def test_two_processes_are_as_one(tmp_path):
+    processes(tmp_path, 2)
+    two, one = load_recogniser(tmp_path), train(JOINT)
+    np.testing.assert_allclose(two.history[["loss", "accuracy"]], one.history[["loss", "accuracy"]], rtol=1e-5)
+    torch.testing.assert_close(two.centres, one.centres, atol=1e-4, rtol=0)
+    for key, value in one.model.state_dict().items(): torch.testing.assert_close(two.model.state_dict()[key], value, atol=1e-3, rtol=1e-3)

@@ -3,44 +3,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy.interpolate import interp1d
+from scipy.stats import ttest_1samp
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
-from cemiface.verification import (accept_counts, bootstrap_ci, evaluate, far_thresholds, figure_style, fold_index, m_colours,
-                                   pair_distances, plot_verification, verify, verify_distances)
-
-
-def rates(threshold, d, same):
-    "True accepts, false accepts, accuracy, counted one pair at a time."
-    tp = sum(1 for x, s in zip(d, same) if x < threshold and s)
-    fp = sum(1 for x, s in zip(d, same) if x < threshold and not s)
-    n0 = sum(1 for s in same if not s)
-    return tp, fp, (tp + n0 - fp) / len(d)
-
-
-def loop_accuracy(d, same, folds):
-    grid, accuracy, best = np.arange(0, 4, .01), [], []
-    for train, test in KFold(folds, shuffle=False).split(d):
-        at, top = None, -1.
-        for t in grid:
-            a = rates(t, d[train], same[train])[2]
-            if a > top: at, top = t, a
-        best.append(at)
-        accuracy.append(rates(at, d[test], same[test])[2])
-    return accuracy, best
-
-
-def loop_far_threshold(d, same, far):
-    "Straight line between the last threshold with FAR <= far and the next one."
-    grid, n0 = np.arange(0, 4, .001), max((~same).sum(), 1)
-    fars = [(d[~same] < t).sum() / n0 for t in grid]
-    if max(fars) < far: return 0.
-    j = max(i for i, f in enumerate(fars) if f <= far)
-    return grid[j] if fars[j] == far else grid[j] + (far - fars[j]) / (fars[j+1] - fars[j]) * (grid[j+1] - grid[j])
+from cemiface.images import encode_image
+from cemiface.pairs import pair_set
+from cemiface.style import figure_style
+from cemiface.verification import (_accept_counts, _far_thresholds, _fold_index, bench_verification, bootstrap_ci, evaluate, over_seeds, pair_distances,
+                                   plot_verification, reference_verification, results_table, verify, verify_distances, verify_sets)
 
 
 @st.composite
@@ -54,29 +30,28 @@ def scored_pairs(draw):
     return np.array(d), np.array(same), folds
 
 
-@settings(max_examples=60, deadline=None)
-@given(scored_pairs())
-def test_accuracy_equals_plain_loops(case):
+@settings(max_examples=40, deadline=None)
+@given(scored_pairs(), st.sampled_from([(1e-3, 1e-4), (.05, .5), (1., .25)]))
+def test_protocol_equals_plain_loops(case, fars):
     d, same, folds = case
-    v = verify_distances(d, same, folds)
-    accuracy, best = loop_accuracy(d, same, folds)
-    assert v.fold_accuracy.tolist() == accuracy and v.threshold.tolist() == best
+    v, (accuracy, best, tars, cuts) = verify_distances(d, same, folds, fars), reference_verification(d, same, folds, fars)
+    fold = _fold_index(len(d), folds)
+    assert v.fold_accuracy.tolist() == accuracy.tolist() and v.threshold.tolist() == best.tolist()
     assert v.accuracy == np.mean(accuracy) and v.std == np.std(accuracy)
-    assert v.correct.tolist() == [bool((x < best[f]) == s) for x, s, f in zip(d, same, fold_index(len(d), folds))]
+    assert v.correct.tolist() == [bool((x < best[f]) == s) for x, s, f in zip(d, same, fold)]
+    np.testing.assert_allclose(_far_thresholds(d, same, fold, fars), [cuts[f] for f in fars], rtol=0, atol=1e-12)
+    assert v.tar_at_far == pytest.approx(tars, abs=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
-@given(scored_pairs(), st.sampled_from([1e-4, 1e-3, .05, .5, 1.]))
-def test_tar_equals_plain_loops(case, far):
-    d, same, folds = case
-    fold = fold_index(len(d), folds)
-    expected, tars = [], []
-    for f in range(folds):
-        t = loop_far_threshold(d[fold != f], same[fold != f], far)
-        expected.append(t)
-        if same[fold == f].any(): tars.append((d[(fold == f) & same] < t).mean())
-    np.testing.assert_allclose(far_thresholds(d, same, fold, far), expected, rtol=0, atol=1e-12)
-    assert verify_distances(d, same, folds, fars=(far,)).tar_at_far[far] == pytest.approx(np.mean(tars), abs=1e-12)
+def test_the_plain_loops_give_what_is_counted_by_hand():
+    "Two folds of four pairs; what a fold accepts is decided by the other."
+    d = np.array([.105, .3, .5, 1.2, .2, .6, .7, .9])
+    same = np.array([True, True, False, False, True, True, False, False])
+    accuracy, best, tars, cuts = reference_verification(d, same, 2, (.5, 1e-9, 1.))
+    assert best.tolist() == pytest.approx([.61, .31])                              # of the other fold: first of .61 ... .70, of .31 ... .50
+    assert accuracy.tolist() == [.75, .75]
+    assert cuts[.5] == pytest.approx([.9, 1.2])                                    # the FAR stays one half until the second stranger
+    assert cuts[1.] == pytest.approx([3.999, 3.999]) and tars == pytest.approx({.5: 1., 1e-9: .75, 1.: 1.})
 
 
 def test_tar_interpolates_as_scipy_does_where_the_far_has_no_plateau():
@@ -86,14 +61,14 @@ def test_tar_interpolates_as_scipy_does_where_the_far_has_no_plateau():
     fold = np.arange(len(d)) % 4
     fars = [(d[fold != 0] < t).mean() for t in grid]
     for far in (1e-3, .0123, .7):
-        assert far_thresholds(d, same, fold, far)[0] == pytest.approx(float(interp1d(fars, grid, kind="slinear")(far)), abs=1e-9)
+        assert _far_thresholds(d, same, fold, (far,))[0, 0] == pytest.approx(float(interp1d(fars, grid, kind="slinear")(far)), abs=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
 @given(scored_pairs())
 def test_folds_and_auc_are_those_of_scikit_learn(case):
     d, same, folds = case
-    fold = fold_index(len(d), folds)
+    fold = _fold_index(len(d), folds)
     for f, (_, test) in enumerate(KFold(folds, shuffle=False).split(d)): assert np.flatnonzero(fold == f).tolist() == test.tolist()
     v = verify_distances(d, same, folds)
     far, tar, _ = roc_curve(same, -d)
@@ -106,8 +81,8 @@ def test_folds_and_auc_are_those_of_scikit_learn(case):
 @given(scored_pairs(), st.lists(st.floats(0, 4), min_size=1, max_size=9).map(sorted))
 def test_counts_are_strict_comparisons(case, thresholds):
     d, same, folds = case
-    fold = fold_index(len(d), folds)
-    counts = accept_counts(d, same, fold, np.array(thresholds))
+    fold = _fold_index(len(d), folds)
+    counts = _accept_counts(d, same, fold, np.array(thresholds))
     for f in range(folds):
         for kind in (0, 1):
             for t, n in zip(thresholds, counts[f, kind]): assert n == ((d < t) & (same == kind) & (fold == f)).sum()
@@ -119,9 +94,12 @@ def test_embeddings_to_accuracy_as_the_reference_computes_it():
     same = np.arange(120) % 2 == 0
     unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
     d = np.sum((unit[0::2] - unit[1::2]) ** 2, 1)
-    accuracy, best = loop_accuracy(d, same, 10)
+    accuracy, best, tars, _ = reference_verification(d, same)
     v = verify(raw, same)
-    assert v.accuracy == np.mean(accuracy) > .8 and v.threshold.tolist() == best
+    assert v.accuracy == np.mean(accuracy) > .8 and v.threshold.tolist() == best.tolist() and v.tar_at_far == tars
+    long = rng.normal(size=(3000, 16))                                            # more than one block
+    unit = long / np.sqrt((long ** 2).sum(1, keepdims=True))
+    np.testing.assert_allclose(pair_distances(long), np.square(unit[0::2] - unit[1::2]).sum(1), rtol=1e-14)
     assert verify(torch.tensor(5 * raw), torch.tensor(same)).accuracy == v.accuracy
 
 
@@ -180,13 +158,83 @@ def test_evaluate_embeds_each_image_and_its_mirror_once():
     assert (table["ci_low"] <= table["accuracy"] + 1e-9)[:2].all() and (table["ci_high"] >= table["accuracy"] - 1e-9)[:2].all()
 
 
+def encoded_pairs(name="x", pairs=60):
+    "A set in which pairs share images: 30 distinct ones."
+    g = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (30, 3, 8, 8), generator=g, dtype=torch.uint8)
+    index = torch.randint(0, 30, (2 * pairs,), generator=g)
+    same = torch.arange(pairs) % 2 == 0
+    index[1::4] = index[0::4]
+    return pair_set(name, [encode_image(images[i]) for i in index], same.tolist()), (images[index], same)
+
+
+def test_a_pair_set_gives_the_numbers_of_its_arrays_and_embeds_each_image_once():
+    packed, arrays = encoded_pairs()
+    model = Counting()
+    ours = verify_sets(model, [packed], batch_size=7)["x"]
+    assert model.seen == 2 * len(packed.images) <= 60 < 2 * 120
+    theirs = verify_sets(model, {"y": arrays}, batch_size=7)["y"]
+    assert np.array_equal(ours.distance, theirs.distance) and ours.accuracy == theirs.accuracy
+    assert list(evaluate(model, {"a": packed, "b": arrays}).index) == ["a", "b", "AVG"]
+    with pytest.raises(ValueError, match="x, x have one name"): evaluate(model, [packed, packed])
+    with pytest.raises(ValueError, match="no benchmark"): evaluate(model, [])
+
+
+def test_a_pair_set_is_decoded_to_the_size_of_the_recogniser():
+    packed, _ = encoded_pairs()
+    model = Counting()
+    model.config = type("config", (), {"size": 5})
+    shapes = []
+    model.register_forward_pre_hook(lambda _, x: shapes.append(tuple(x[0].shape[1:])))
+    evaluate(model, [packed])
+    assert set(shapes) == {(3, 5, 5)}
+
+
+FIVE = ["lfw", "cfp_fp", "agedb_30", "calfw", "cplfw"]
+
+
+def test_gap_to_real_stands_only_beside_all_five():
+    v = verify(np.random.default_rng(0).normal(size=(200, 8)), np.arange(100) % 2 == 0)
+    table = results_table({**{n: v for n in FIVE}, "mine": v})
+    assert table.loc["AVG", "GtR"] == pytest.approx(94.26 - 100 * v.accuracy) and table["GtR"].isna().sum() == 6
+    assert "GtR" not in results_table({n: v for n in FIVE[1:]}) and "GtR" not in results_table({f"proc-{n}": v for n in FIVE})
+
+
+def test_the_interval_of_the_average_is_that_of_independent_sets():
+    rng = np.random.default_rng(2)
+    sets = {n: verify(rng.normal(size=(2 * n, 4)), np.arange(n) % 2 == 0) for n in (100, 400, 1600)}
+    table = results_table(sets)
+    variance = sum(v.correct.var() / len(v.correct) for v in sets.values()) / 9
+    assert table.loc["AVG", "ci_high"] - table.loc["AVG", "ci_low"] == pytest.approx(100 * 2 * 1.96 * variance ** .5, rel=.1)
+    assert table.loc["AVG", "ci_low"] < table.loc["AVG", "accuracy"] < table.loc["AVG", "ci_high"]
+
+
+def test_over_seeds_is_the_t_interval():
+    tables = [pd.DataFrame({"accuracy": [a, b], "auc": [1., 2.]}, index=["x", "AVG"]) for a, b in ((90, 80), (92, 80), (97, 80))]
+    out = over_seeds(tables)
+    assert out.loc["x", "mean"] == 93 and out.loc["x", "std"] == pytest.approx(np.std([90, 92, 97], ddof=1))
+    low, high = ttest_1samp([90, 92, 97], 0).confidence_interval(.95)
+    assert (out.loc["x", "ci_low"], out.loc["x", "ci_high"]) == pytest.approx((low, high))
+    assert out.loc["AVG", ["mean", "std", "ci_low", "ci_high", "seeds"]].tolist() == [80, 0, 80, 80, 3]
+    assert over_seeds(tables, "auc", .5)["mean"].tolist() == [1, 2]
+    with pytest.raises(ValueError, match="two seeds"): over_seeds(tables[:1])
+    with pytest.raises(ValueError, match="different sets"): over_seeds([tables[0], tables[1].iloc[:1]])
+
+
+def test_the_benchmark_compares_equal_results():
+    assert bench_verification(pairs=400, dim=8, repeats=1)["equal"] is True
+
+
 def test_figures_leave_the_users_settings_alone():
     before = dict(plt.rcParams)
     same = np.tile([True, False], 50)
-    fig = plot_verification({"x": verify_distances(np.where(same, .5, 1.5), same), "y": verify_distances(np.linspace(0, 4, 100), same)})
-    assert len(fig.axes) == 2 and len(fig.axes[1].get_legend().get_texts()) == 2
+    many = {n: verify_distances(np.where(same, .5, 1.5), same) for n in "abcde"}
+    many["b"] = verify_distances(np.linspace(0, 4, 100), same)
+    for n, shown in ((1, 2), (2, 3), (3, 4), (5, 6)):
+        fig = plot_verification(dict(list(many.items())[:n]))
+        visible = [ax for ax in fig.axes if ax.get_visible()]
+        assert len(visible) == shown and len(visible[-1].lines) == n and visible[0].get_title() == "a: 100.00%, AUC 1.000"
+        assert visible[0].title.get_bbox_patch().get_facecolor()[:3] == pytest.approx(visible[-1].lines[0].get_color()[:3])
+        plt.close(fig)
     with figure_style(): assert not plt.rcParams["axes.spines.top"]
     assert dict(plt.rcParams) == before
-    plt.close(fig)
-    light, dark = (m_colours(m)[:3] @ np.array([.3, .6, .1]) for m in (-1, 1))
-    assert dark < light

@@ -1,0 +1,463 @@
+"""Record files, lists and conversions against plain loops, kills, several processes and hostile bytes."""
+import os, pickle, signal, struct, subprocess, sys, time, tracemalloc, warnings
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from cemiface.convert import bench_records, convert, left_out
+from cemiface.images import decode_image, encode_image, write_folder
+from cemiface.recordio import MAGIC, RecordFile, RecordWriter, pack_image, pack_record, read_payload, scan_records
+from cemiface.records import open_encoded, write_list
+
+WORD = struct.pack("<I", MAGIC)
+SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+payloads = st.lists(st.one_of(st.binary(max_size=9), st.just(WORD)), max_size=8).map(b"".join)
+
+
+# Plain loops after dmlc's RecordIOWriter and RecordIOReader, mxnet's unpack and InsightFace's readers.
+def plain_write(payload):
+    out, start, whole = b"", 0, len(payload)//4*4
+    for i in range(0, whole, 4):
+        if payload[i:i+4] == WORD:
+            out += WORD + struct.pack("<I", (1 if start == 0 else 2) << 29 | i-start) + payload[start:i]
+            start = i+4
+    out += WORD + struct.pack("<I", (3 if start else 0) << 29 | len(payload)-start) + payload[start:]
+    return out + b"\0"*(-len(payload) % 4)
+
+
+class PlainReader:
+    def __init__(self, folder):
+        self.f, self.idx = open(folder/"train.rec", "rb"), {}
+        for line in open(folder/"train.idx"):
+            key, offset = line.strip().split("\t")
+            self.idx[int(key)] = int(offset)
+
+    def read(self, key):
+        self.f.seek(self.idx[key])
+        out = b""
+        while True:
+            magic, word = struct.unpack("<II", self.f.read(8))
+            assert magic == MAGIC
+            out += self.f.read((word & 2**29-1)+3 & ~3)[:word & 2**29-1]
+            if word >> 29 in (0, 3): break
+            out += WORD
+        flag, label, key, _ = struct.unpack("<IfQQ", out[:24])
+        return flag, list(struct.unpack(f"<{flag}f", out[24:24+4*flag])) if flag else label, out[24+4*flag:], key
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    images = torch.randint(0, 255, (36, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return write_folder(tmp_path_factory.mktemp("sets")/"faces", images, torch.arange(12).repeat_interleave(3), "jpg")
+
+
+def record(folder, images, labels, **kw):
+    with RecordWriter(folder, **kw) as writer:
+        for data, label in zip(images, labels): writer.add(data, label)
+    return Path(folder)
+
+
+def loose(folder, framed, keys=None, name="train"):
+    "Frames as they are under NAME.rec, with an index unless `keys` is False."
+    Path(folder).mkdir(exist_ok=True)
+    (folder/f"{name}.rec").write_bytes(b"".join(framed))
+    offsets = np.cumsum([0]+[len(f) for f in framed[:-1]]).tolist()
+    if keys is not False: (folder/f"{name}.idx").write_text("".join(f"{k}\t{o}\n" for k, o in zip(keys or range(len(framed)), offsets)))
+    return folder
+
+
+def quietly(f, *args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return f(*args)
+
+
+# ---- the format
+
+@SLOW
+@given(payloads)
+def test_framing_equals_dmlc(payload):
+    assert pack_record(payload) == plain_write(payload)
+
+
+@SLOW
+@given(st.lists(payloads.filter(len), min_size=2, max_size=6), st.booleans())
+def test_write_then_read(tmp_path_factory, images, indexed):
+    folder = record(tmp_path_factory.mktemp("r")/"set", images, [k//2+(k > 0) for k in range(len(images))])
+    if not indexed: (folder/"train.idx").unlink()
+    found = quietly(open_encoded, folder)
+    assert [found.read(i) for i in range(len(found))] == images and not found.skipped
+
+
+def test_insightface_reads_what_is_written(tmp_path):
+    images, labels = [b"jpg%d" % k + WORD*(k % 3) for k in range(10)], [0, 0, 0, 1, 3, 3, 3, 3, 4, 4]
+    folder = record(tmp_path/"set", images, labels, subjects=list("abcde"), size=64)
+    plain = PlainReader(folder)
+    flag, header, _, _ = plain.read(0)
+    assert flag > 0 and header == [11, 16]
+    for k in range(1, int(header[0])):                                  # MXFaceDataset
+        flag, label, image, key = plain.read(k)
+        assert (label, image, key) == (labels[k-1], images[k-1], k)
+    for label, k in enumerate(range(int(header[0]), int(header[1]))):   # FaceImageIter
+        _, (start, end), image, _ = plain.read(k)
+        assert image == b"" and list(range(int(start), int(end))) == [i+1 for i, other in enumerate(labels) if other == label]
+    assert (folder/"property").read_text() == "5,64,64\n"
+    assert len(plain.idx) == 1+10+5
+    found = quietly(open_encoded, folder)
+    assert found.subjects == list("abde") and found.labels.tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3]
+
+
+def test_array_labels_and_no_header(tmp_path):
+    frames = [plain_write(struct.pack("<IfQQ", 2, 0, k, 0)+struct.pack("<2f", 9-k//2, 77)+b"image%d" % k) for k in range(6)]
+    with pytest.warns(UserWarning, match="3 subjects have labels between 7 and 9: numbered again"): found = open_encoded(loose(tmp_path/"a", frames))
+    assert found.subjects == ["7", "8", "9"]
+    assert [found.read(i) for i in range(6)] == [b"image%d" % k for k in range(6)] and found.labels.tolist() == [2, 2, 1, 1, 0, 0]
+
+
+def test_magic_inside_the_image_header(tmp_path):
+    as_float = struct.unpack("<f", WORD)[0]                             # a label whose four bytes are the magic number
+    frames = [plain_write(struct.pack("<IfQQ", 0, 1, 0, 0)+b"a"), plain_write(struct.pack("<IfQQ", 1, 0, MAGIC, 0)+struct.pack("<f", 2)+b"b"),
+              plain_write(struct.pack("<IfQQ", 0, as_float, 2, 0)+b"c")]
+    store = RecordFile(loose(tmp_path/"a", frames)/"train.rec")
+    assert store.labels.tolist() == [1, 2, as_float] and [store.read(i) for i in range(3)] == [b"a", b"b", b"c"]
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_keys_come_back_without_index(tmp_path, ids):
+    order = [3, 0, 2, 1]
+    folder = loose(tmp_path/"a", [pack_image(b"image%d" % k, k, k if ids else 0) for k in order], keys=order)
+    (folder/"train.idx").unlink()
+    with pytest.warns(UserWarning, match="train.idx.*4 records found"): store = RecordFile(folder/"train.rec")
+    assert [store.read(i) for i in range(4)] == [b"image%d" % k for k in (range(4) if ids else order)]
+
+
+def test_scan_across_pieces(tmp_path):
+    frames = [pack_record(bytes([k])*k) for k in range(40)]
+    (tmp_path/"x").write_bytes(b"".join(frames))
+    with open(tmp_path/"x", "rb") as f:
+        for piece in (4, 8, 64, 2**26): assert scan_records(f, piece).tolist() == np.cumsum([0]+[len(x) for x in frames[:-1]]).tolist()
+
+
+def _read_all(found): return [found.read(i) for i in range(len(found))]
+
+def test_threads_fork_and_spawn(tmp_path):
+    images = [os.urandom(50+k) for k in range(40)]
+    found = open_encoded(record(tmp_path/"set", images, [k//4 for k in range(40)]))
+    with ThreadPoolExecutor(8) as pool: assert list(pool.map(found.read, list(range(40))*20)) == images*20
+    for how in ("fork", "spawn"):
+        with get_context(how).Pool(1) as pool: assert pool.apply(_read_all, (found,)) == images
+    assert _read_all(pickle.loads(pickle.dumps(found))) == images
+
+
+# ---- lists
+
+LISTS = {"CVLface": ["0\tb/1.jpg\t1", "1\ta/1.jpg\t0", "2\tb/2.jpg\t1", "3\tc/1.jpg\t10"], "DCFace": ["0\t1/1.jpg", "1\t0/1.jpg", "2\t1/2.jpg", "3\t10/1.jpg"],
+         "im2rec": ["0\t1.000000\tb/1.jpg", "1\t0.000000\ta/1.jpg", "2\t1.000000\tb/2.jpg", "3\t10.000000\tc/1.jpg"],
+         "InsightFace": ["1\tb/1.jpg\t1", "1\ta/1.jpg\t0", "1\tb/2.jpg\t1", "1\tc/1.jpg\t10"], "spaces": ["b/1.jpg 1", "a/1.jpg   0", "b/2.jpg 1", "c/1.jpg 10"],
+         "commas": ['"b/1.jpg",1', "a/1.jpg, 0", "b/2.jpg,1", "c/1.jpg,10"], "header": ["label,image,split", "1,b/1.jpg,x", "0,a/1.jpg,x", "1,b/2.jpg,y", "10,c/1.jpg,x"],
+         "label first": ["1 b/1.jpg", "0 a/1.jpg", "1 b/2.jpg", "10 c/1.jpg"], "backslashes": ["1\\1.jpg", "0\\1.jpg", "1\\2.jpg", "10\\1.jpg"]}
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_list_layouts(tmp_path, kind, recwarn):
+    for name in ("a/1", "b/1", "b/2", "c/1", "0/1", "1/1", "1/2", "10/1"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/f"{name}.jpg").write_bytes(name.encode())
+    (tmp_path/"list.txt").write_text("\ufeff"*(kind == "commas")+"\r\n".join(LISTS[kind])+"\r\n\n")
+    for source in (tmp_path, tmp_path/"list.txt"):
+        found = open_encoded(source)
+        assert found.subjects == ["0", "1", "10"] and found.labels.tolist() == [1, 0, 1, 2]
+        assert [found.read(i)[-2:] for i in range(4)] == [b"/1", b"/1", b"/2", b"/1"]
+    assert any("numbered again" in str(w.message) for w in recwarn) == (kind not in ("DCFace", "backslashes"))
+
+
+def test_dcface_release(tmp_path):
+    folder = loose(tmp_path/"record", [pack_image(b"image%d" % k, 0, k) for k in range(6)], name="file")
+    with pytest.raises(ValueError, match="each of its 6 labels is 0.*list.txt"): open_encoded(folder)
+    (folder/"list.txt").write_text("".join(f"{k}\t{name}/{k}.jpg\n" for k, name in enumerate(["10", "10", "2", "2", "0", "0"])))
+    for source in (folder, folder/"file.rec", folder/"list.txt"):
+        found = open_encoded(source)
+        assert found.subjects == ["0", "2", "10"] and found.labels.tolist() == [2, 2, 1, 1, 0, 0] and found.read(5) == b"image5" and found.name == "record"
+
+
+@pytest.mark.parametrize("kind", ["record", "folder"])
+def test_index_file_selects_from_another_set(tmp_path, faces, kind):
+    source = faces if kind == "folder" else quietly(convert, faces, tmp_path/"set").store.path
+    whole = open_encoded(source)
+    pick = torch.tensor([35, 3, 30, 4, 7])
+    (tmp_path/"groups").mkdir()
+    part = open_encoded(write_list(tmp_path/"groups"/"g1.txt", whole, pick))
+    assert [part.read(i) for i in range(5)] == [whole.read(i) for i in pick.tolist()]
+    assert part.subjects == ["1", "2", "10", "11"] and part.labels.tolist() == [3, 0, 2, 0, 1]
+    again = quietly(open_encoded, write_list(tmp_path/"g2.txt", part, part.labels == 0))                # a list of a list names the first source
+    assert [again.read(i) for i in range(2)] == [whole.read(3), whole.read(4)]
+    assert quietly(open_encoded, write_list(tmp_path/"g3.txt", whole, pick, torch.arange(5)+7)).subjects == ["7", "8", "9", "10", "11"]
+    assert not os.path.isabs((tmp_path/"groups"/"g1.txt").read_text().split("\n")[0][10:])
+    if kind == "record":
+        (tmp_path/"set"/"keys.txt").write_text("36\n4\n")
+        assert _read_all(open_encoded(tmp_path/"set"/"keys.txt")) == [whole.read(35), whole.read(3)]
+
+
+HOSTILE_LISTS = {"": "names no image", "# source: x\n": "names no image", "a/1.jpg\t\n": "subject ''", "a/1.jpg\tnan\n": "subject 'nan'", "a/1.jpg\t-1\n": "subject '-1'",
+                 "a/1.jpg\t1\na/2.jpg\n": "line 2", "my photos/1.jpg 2\na/1.jpg 1\nb\n": "line 3", "1\t2\n": "holds no record file", "1.jpg\n": "subject ''", "b/9.jpg\t1\n": "there is no"}
+
+@pytest.mark.parametrize("text", HOSTILE_LISTS)
+def test_hostile_lists(tmp_path, text):
+    (tmp_path/"a").mkdir()
+    for name in ("a/1.jpg", "1.jpg"): (tmp_path/name).write_bytes(b"x")
+    (tmp_path/"mine.txt").write_text(text)
+    with pytest.raises((ValueError, OSError), match=HOSTILE_LISTS[text]) as e: open_encoded(tmp_path/"mine.txt")
+    assert "mine.txt" in str(e.value)
+
+
+def test_list_that_names_missing_records(tmp_path):
+    folder = loose(tmp_path/"r", [pack_image(b"image", k//2, k) for k in range(6)])
+    (folder/"some.txt").write_text("1\tx\n99\tx\n2\ty\n")
+    with pytest.warns(UserWarning, match="1 left out.*record 99"): found = open_encoded(folder/"some.txt")
+    assert len(found) == 2
+    (folder/"none.txt").write_text("77\tx\n99\tx\n")
+    with pytest.raises(ValueError, match="none.txt.*record 77.*nor any other"): open_encoded(folder/"none.txt")
+    (folder/"odd.txt").write_text("1.5\tx\nb\ty\n")
+    with pytest.raises(ValueError, match="odd.txt.*keys of train.rec"): open_encoded(folder/"odd.txt")
+
+
+# ---- damage
+
+def test_each_fault_is_named_and_the_rest_read(tmp_path):
+    good = [pack_image(b"image%d" % k, k//2, k) for k in range(12)]
+    bad = {3: b"\0\0\0\0"+good[3][4:],                                                   # flipped magic
+           4: good[4][:4]+struct.pack("<I", 2**29-1)+good[4][8:],                        # a length that lies
+           5: pack_record(struct.pack("<IfQQ", 2**31, 0, 5, 0)+b"image"),                # more labels than bytes
+           6: good[6][:4]+struct.pack("<I", 3 << 29 | 30)+good[6][8:],                   # the middle of a record
+           7: pack_image(b"", 3, 7), 8: pack_image(b"image", float("nan"), 8), 9: pack_image(b"image", -1, 9), 10: pack_image(b"image", 1e30, 10), 11: pack_image(b"image", .5, 11)}
+    folder = loose(tmp_path/"a", [bad.get(k, frame) for k, frame in enumerate(good)])
+    with pytest.warns(UserWarning, match="9 left out"): found = open_encoded(folder)
+    assert found.labels.tolist() == [0, 0, 1] and _read_all(found) == [b"image0", b"image1", b"image2"]
+    for line, (key, why) in zip(found.skipped, [(3, "no record"), (4, "longer than the file"), (5, "labels are longer"), (6, "middle"), (7, "empty image"),
+                                                (8, "label nan"), (9, "label -1"), (10, r"label 1e\+30"), (11, "label 0.5")]):
+        assert f"train.rec, record {key}:" in line and why.replace("\\", "") in line
+
+
+@pytest.mark.parametrize("text, why", [("0\tx\n1\t2\n", "not two whole numbers"), ("0\t0\n0\t40\n", "same key twice"), ("", "empty"), ("1\n2\n", "1 columns"),
+                                       ("0\t999999\n1\t-5\n", "another file"), ("0\t99999999999999999999999\n", "not two whole numbers"), ("\x00\xff", "not two")])
+def test_damaged_index_is_rebuilt(tmp_path, text, why):
+    folder = loose(tmp_path/"a", [pack_image(b"image%d" % k, k, k) for k in range(5)])
+    (folder/"train.idx").write_bytes(text.encode("latin1"))
+    with pytest.warns(UserWarning, match=f"train.idx: .*{why}.*5 records found"): found = open_encoded(folder)
+    assert len(found) == 5 and found.read(4) == b"image4"
+
+
+@pytest.mark.parametrize("data", [b"", b"\0"*100, b"<html>404</html>", WORD, WORD*10, pack_record(b""), pack_record(b"x"*23), pack_image(b"", [1, 2])])
+def test_no_record_at_all(tmp_path, data):
+    (tmp_path/"train.rec").write_bytes(data)
+    with pytest.raises(ValueError, match="train.rec.*copy"): quietly(open_encoded, tmp_path)
+
+
+def test_truncated_file(tmp_path):
+    folder = record(tmp_path/"set", [b"image%02d" % k for k in range(20)], [k//2 for k in range(20)])
+    with open(folder/"train.rec", "r+b") as f: f.truncate(700)
+    with pytest.warns(UserWarning, match="promises 20 images"): found = open_encoded(folder)
+    assert 0 < len(found) < 20 and _read_all(found) == [b"image%02d" % k for k in range(len(found))] and len(found.skipped) == 21-len(found)
+    with open(folder/"train.rec", "r+b") as f: f.truncate(100)                             # after it was opened
+    for key in (2, 11):                                                                    # half there, and beyond the end
+        with pytest.raises(ValueError, match=f"train.rec, record {key}: .*copy"): found.read(key-1)
+
+
+def test_later_parts_that_lie(tmp_path):
+    first = WORD+struct.pack("<I", 1 << 29 | 28)+struct.pack("<IfQQ", 0, 1, 0, 0)+b"abcd"
+    ends = {"good": struct.pack("<I", 3 << 29 | 2)+b"xy\0\0", "lies": struct.pack("<I", 3 << 29 | 2**29-1)+b"xy\0\0", "flag": struct.pack("<I", 2)+b"xy\0\0", "cut": b""}
+    for name, end in ends.items():
+        store = RecordFile(loose(tmp_path/name, [first+WORD+end], keys=[0])/"train.rec")
+        tracemalloc.start()
+        if name == "good": assert store.read(0) == b"abcd"+WORD+b"xy"
+        else:
+            with pytest.raises(ValueError, match="train.rec, record 0: .*copy"): store.read(0)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+        tracemalloc.stop()
+
+
+def test_padding_after_any_part(tmp_path):
+    frame = WORD+struct.pack("<I", 1 << 29 | 25)+struct.pack("<IfQQ", 0, 1, 0, 0)+b"a\0\0\0"+WORD+struct.pack("<I", 3 << 29 | 1)+b"b\0\0\0"
+    assert RecordFile(loose(tmp_path/"a", [frame], keys=[0])/"train.rec").read(0) == b"a"+WORD+b"b"
+
+
+@pytest.mark.parametrize("text, done, kept", [("", 5, []), ("3\ta\n4\tb\n", 3, ["3\ta", "4\tb"]), ("3\ta\n5\tb\n", 3, ["3\ta"]), ("0\ta\n9\tb\n1", 2, ["0\ta"])])
+def test_lines_beyond_the_last_image_are_forgotten(tmp_path, text, done, kept):
+    (tmp_path/"skipped.txt").write_text(text)
+    assert left_out(tmp_path/"skipped.txt", done) == kept == (tmp_path/"skipped.txt").read_text().split("\n")[:-1]
+
+
+@pytest.mark.parametrize("promise", [float("nan"), -3., 1e30, 3., 0.])
+def test_header_that_lies(tmp_path, promise):
+    frames = [pack_image(b"", [promise, 9])]+[pack_image(b"image%d" % k, k, k) for k in range(1, 7)]
+    with pytest.warns(UserWarning) as said: found = open_encoded(loose(tmp_path/"a", frames))
+    assert any("6 are there" in str(w.message) for w in said)
+    assert len(found) == (2 if promise == 3 else 6)
+
+
+def _probe(folder):
+    "Open and read everything; only ValueError and OSError may come, and little memory be used."
+    tracemalloc.start()
+    try:
+        found = quietly(open_encoded, folder)
+        for i in range(len(found)):
+            try: assert len(found.read(i)) <= os.path.getsize(folder/"train.rec")
+            except (ValueError, OSError) as e: assert "train.rec, record" in str(e)
+    except (ValueError, OSError) as e: assert "train" in str(e)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+VALID = b"".join([pack_image(b"", [8, 12])]+[pack_image(b"im%d" % k + WORD*(k % 2), k//2 if k % 3 else [k//2, 5], k) for k in range(1, 8)]+[pack_image(b"", [1, 3])])
+edits = st.lists(st.tuples(st.integers(0, len(VALID)+20), st.one_of(st.binary(max_size=8), st.just(WORD), st.sampled_from([b"\xff\xff\xff\xff", b"\0\0\0\x20", b"\0\0\0\x60"]))), max_size=6)
+
+@SLOW
+@given(edits, st.integers(0, len(VALID)), st.booleans(), st.text("0123456789\t\n -.e", max_size=40))
+def test_mutated_files(tmp_path_factory, edits, cut, indexed, idx):
+    folder, data = tmp_path_factory.mktemp("m"), bytearray(VALID)
+    for at, new in edits: data[at:at+len(new)] = new
+    (folder/"train.rec").write_bytes(bytes(data[:cut or None]))
+    if indexed: (folder/"train.idx").write_text(idx)
+    else: (folder/"train.idx").write_text("".join(f"{k}\t{k*40}\n" for k in range(9)))
+    _probe(folder)
+
+
+@SLOW
+@given(st.binary(max_size=200), st.binary(max_size=60))
+def test_random_bytes(tmp_path_factory, data, idx):
+    folder = tmp_path_factory.mktemp("m")
+    (folder/"train.rec").write_bytes(data)
+    (folder/"train.idx").write_bytes(idx)
+    _probe(folder)
+
+
+@SLOW
+@given(st.one_of(st.binary(max_size=80), st.text(alphabet="a/1.jpg\t\n, \"#-\0source:", max_size=80).map(str.encode)))
+def test_random_lists(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("l")
+    (folder/"list.txt").write_bytes(data)
+    try: quietly(open_encoded, folder/"list.txt")
+    except (ValueError, OSError): pass
+
+
+# ---- writer and conversion
+
+def test_writer_refuses(tmp_path):
+    with pytest.raises(ValueError, match="label 1 of image 2.*subject by subject"), RecordWriter(tmp_path/"a") as w: w.add(b"x", 2); w.add(b"x", 1)
+    with pytest.raises(ValueError, match="0 images"), RecordWriter(tmp_path/"b"): pass
+    assert not (tmp_path/"a").exists() and not (tmp_path/"b").exists()
+    record(tmp_path/"a", [b"y"], [0])                                                      # starts afresh
+    assert open_encoded(tmp_path/"a").read(0) == b"y"
+    with pytest.raises(FileExistsError, match="not empty"): RecordWriter(tmp_path/"a")
+
+
+def test_converting_keeps_every_byte(tmp_path, faces):
+    first = open_encoded(faces)
+    as_record = convert(faces, tmp_path/"rec")
+    as_list = convert(as_record, tmp_path/"all.txt", "list")
+    as_folder = convert(tmp_path/"all.txt", tmp_path/"folder", "folder")
+    for found in (as_record, as_list, as_folder):
+        assert _read_all(found) == _read_all(first) and torch.equal(found.labels, first.labels) and found.subjects == first.subjects and not found.skipped
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all.txt", "folder", "rec"]
+    assert (tmp_path/"rec"/"property").read_text() == "12,16,16\n"
+
+
+def test_writer_goes_on_only_if_asked(tmp_path):
+    images = [b"image%d" % k + WORD*(k % 2) for k in range(9)]
+    whole = record(tmp_path/"whole", images, [k//3 for k in range(9)])
+    for resume, kept in ((True, 4), (False, 0)):                        # of five images the last may be torn
+        first = RecordWriter(tmp_path/"set")
+        for k in range(5): first.add(images[k], k//3)
+        first.f.close()
+        with RecordWriter(tmp_path/"set", resume=resume) as w:
+            assert w.done == kept
+            for k in range(kept, 9): w.add(images[k], k//3)
+        for name in ("train.rec", "train.idx", "property"): assert (tmp_path/"set"/name).read_bytes() == (whole/name).read_bytes()
+        for p in (tmp_path/"set").iterdir(): p.unlink()
+
+
+def test_killed_after_the_last_image(tmp_path):
+    images = [b"image%d" % k for k in range(4)]
+    whole = record(tmp_path/"whole", images, [0, 0, 1, 1])
+    (tmp_path/".set.part").mkdir()
+    (tmp_path/".set.part"/"train.rec").write_bytes((whole/"train.rec").read_bytes()[:-3])  # identities half written
+    with RecordWriter(tmp_path/"set", resume=True) as w: assert w.done == 4
+    assert (tmp_path/"set"/"train.rec").read_bytes() == (whole/"train.rec").read_bytes()
+
+
+def test_names_survive_a_record_file(tmp_path):
+    write_folder(tmp_path/"f", torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), subjects=["anna", "boris"])
+    convert(tmp_path/"f", tmp_path/"r")
+    assert convert(tmp_path/"r", tmp_path/"g", "folder").subjects == ["anna", "boris"]
+    (tmp_path/"r"/"subjects.txt").write_text("anna\n")
+    with pytest.raises(ValueError, match="subjects.txt: 1 names"): open_encoded(tmp_path/"r")
+
+
+@pytest.mark.parametrize("to", ["records", "folder"])
+def test_damaged_images_are_named(tmp_path, faces, to):
+    source = convert(faces, tmp_path/"mine", "folder").store.path
+    for name in ("0/0.jpg", "5/1.jpg", "11/2.jpg"): (source/name).write_bytes(b"<html>")
+    found = convert(source, tmp_path/"out", to)
+    assert len(found) == 33 and [("0/0.jpg" in line) for line in found.skipped] == [True, False, False]
+    assert len((tmp_path/"out"/"skipped.txt").read_text().split("\n")) == 4
+    with pytest.raises(ValueError, match="0/0.jpg"): convert(source, tmp_path/"out2", to, strict=True)
+    assert not (tmp_path/"out2").exists()
+
+
+def test_size_encodes_only_what_differs(tmp_path):
+    (tmp_path/"f"/"a").mkdir(parents=True)
+    fits, wide = (torch.randint(0, 255, (3, 16, w), dtype=torch.uint8) for w in (16, 24))
+    for k, im in enumerate((fits, wide)): (tmp_path/"f"/"a"/f"{k}.png").write_bytes(encode_image(im))
+    with pytest.warns(UserWarning, match="all its 2 images are of one subject"): found = convert(tmp_path/"f", tmp_path/"g", "folder", size=16)
+    assert found.read(0) == encode_image(fits) and decode_image(found.read(1)).shape == (3, 16, 16) and found.where(1).endswith("1.jpg")
+
+
+def test_conversion_refuses(tmp_path, faces):
+    with pytest.raises(ValueError, match="to='tar'"): convert(faces, tmp_path/"x", "tar")
+    with pytest.raises(FileNotFoundError, match="check the path"): convert(tmp_path/"nowhere", tmp_path/"x")
+    (tmp_path/"x").mkdir(); (tmp_path/"x"/"file").write_text("")
+    with pytest.raises(FileExistsError, match="not empty"): convert(faces, tmp_path/"x")
+
+
+KILLED = """
+import sys, time, torch
+import cemiface.convert as c
+torch.set_num_threads(1)
+plain = c.fitted
+c.fitted = lambda *args: (time.sleep(.02), plain(*args))[1]
+c.convert(*sys.argv[1:])
+"""
+
+@pytest.mark.parametrize("to", ["records", "folder"])
+def test_killed_conversion_goes_on(tmp_path, faces, to):
+    source = convert(faces, tmp_path/"mine", "folder").store.path
+    for name in ("2/0.jpg", "3/1.jpg", "11/2.jpg"): (source/name).write_bytes(b"<html>")
+    whole = convert(source, tmp_path/"whole", to)
+    part, kills = tmp_path/".out.part", 0
+    written = lambda: sum(p.stat().st_size for p in part.rglob("*") if p.is_file()) if part.exists() else 0
+    for limit in (3_000, 15_000):
+        child = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(tmp_path/"out"), to], stderr=subprocess.DEVNULL)
+        while child.poll() is None and written() < limit: time.sleep(.005)
+        kills += child.poll() is None
+        child.send_signal(signal.SIGKILL); child.wait()
+    assert kills and not (tmp_path/"out").exists()
+    if to == "records":
+        with open(part/"train.rec", "r+b") as f: f.truncate(f.seek(0, 2)-5)              # a torn last record
+    with pytest.raises(ValueError, match="beginning of another conversion"): convert(source, tmp_path/"out", to, size=20)
+    found = convert(source, tmp_path/"out", to)
+    assert found.skipped == whole.skipped and len(found.skipped) == 3
+    for p in (tmp_path/"whole").rglob("*"):
+        if p.is_file(): assert (tmp_path/"out"/p.relative_to(tmp_path/"whole")).read_bytes() == p.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out", "whole"] and not (tmp_path/"out"/".from").exists()
+    assert len(list((tmp_path/"out").rglob("*"))) == len(list((tmp_path/"whole").rglob("*")))
+
+
+def test_benchmark_runs(tmp_path):
+    found = bench_records(2000, tmp_path)
+    assert found["images"] == 2000 and all(v > 0 for v in found.values()) and not list(tmp_path.iterdir())
