@@ -46,15 +46,17 @@ def machine()->dict: # plain values, to stand beside every number
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16} # of a product under each of accelerate's precisions
 
 # %% ../nbs/16_bench.ipynb #af504648
-def repeat_for(seconds:float, step:Callable, device:str)->float: # seconds a call
-    "Call `step` once to warm up, then again and again for a while."
-    def settle(): torch.cuda.synchronize() if device == "cuda" else None
-    step(), settle()
-    since, calls = time.perf_counter(), 0
-    while time.perf_counter() - since < seconds:
-        step(), settle()
-        calls += 1
-    return (time.perf_counter() - since) / calls
+def repeat_for(seconds:float, step:Callable)->pd.Series: # seconds of each call
+    "Call `step` twice to warm up, then again and again for a while."
+    def call():
+        since = time.perf_counter()
+        step()
+        if bench_device() == "cuda": torch.cuda.synchronize()
+        return time.perf_counter() - since
+    call(), call()
+    times = [call()]
+    while sum(times) < seconds: times.append(call())
+    return pd.Series(times)
 
 def matmul_peak(
     precision:str="no", # "no" or "bf16", as accelerate names it
@@ -64,7 +66,7 @@ def matmul_peak(
     device = bench_device()
     n = 8192 if device == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=DTYPES[precision])
-    return 2 * n**3 / repeat_for(seconds, lambda: a @ a, device)
+    return 2 * n**3 / repeat_for(seconds, lambda: a @ a).min()
 
 # %% ../nbs/16_bench.ipynb #6a2b6579
 def peak_memory()->float: # MB: of the GPU where there is one, else of the whole process
@@ -145,7 +147,7 @@ def bench_embedding(
     net = backbone(name, size, width).to(bench_device(), memory_format=torch.channels_last).eval()
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
     images = images.repeat(8, 1, 1, 1) if cuda else images
-    rate = len(images) / repeat_for(seconds, lambda: embed(net, images, batch_size, precision=precision), bench_device())
+    rate = len(images) / repeat_for(seconds, lambda: embed(net, images, batch_size, precision=precision)).median()
     flops = forward_flops(net, size)
     return dict(backbone=name, size=size, batch_size=batch_size, precision=precision, images_per_s=round(rate, 2),
                 gflop_per_image=round(flops / 1e9, 1), share_of_peak=round(rate * flops / matmul_peak(precision), 3))
@@ -170,7 +172,7 @@ def bench_loading(
             for _ in lookups(stored, torch.randperm(images).split(batch_size)): pass
             rates[str(n)] = round(images / (time.perf_counter() - since))
     x, u = to_float(faces.images).repeat(8, 1, 1, 1).to(bench_device()), torch.rand(256, AUGMENT_DRAWS, device=bench_device())
-    return dict(images_per_s_by_workers=rates, augmented_images_per_s=round(256 / repeat_for(1., lambda: augment(x, u), bench_device())))
+    return dict(images_per_s_by_workers=rates, augmented_images_per_s=round(256 / repeat_for(1., lambda: augment(x, u)).median()))
 
 # %% ../nbs/16_bench.ipynb #5717fe1c
 def bench_parts(

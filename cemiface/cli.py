@@ -220,7 +220,7 @@ def write_verification(out:Path, results:dict, table):
 @app.command()
 @one_line_errors
 def verify(
-    model: Recogniser,
+    model: Annotated[list[Path], typer.Option(help="recogniser folder, public checkpoint file, or the word shipped; repeat for the seeds of one training: mean and interval over seeds")],
     sets: Sets = None,
     data: Annotated[Optional[str], typer.Option(help="set of faces to draw pairs from: a folder, record folder, list; default: the procedural benchmarks")] = None,
     pairs: Annotated[int, typer.Option(min=20, help="pairs of each procedural benchmark, or to draw from --data")] = 600,
@@ -241,18 +241,21 @@ def verify(
     if pairs % 20: raise ValueError(f"--pairs {pairs}: give a multiple of 20, so that ten folds hold as many same as different pairs")
     if sets and data: raise ValueError("give either --sets or --data")
     named = verification_sets(sets)
-    network = open_recogniser(model, device)
-    size = network.config.size
+    networks = [open_recogniser(m, device) for m in model]
+    sizes = {network.config.size for network in networks}
+    if len(sizes) > 1: raise ValueError(f"the models take images of {' and '.join(map(str, sorted(sizes)))} pixels: give seeds of one training")
     if data:
-        faces = open_named(data, size, subjects, per_subject, seed, min_per_subject=2, strict=strict)
+        faces = open_named(data, *sizes, subjects, per_subject, seed, min_per_subject=2, strict=strict)
         index, issame = own_pairs(faces.labels, pairs, seed)
         named = {faces.name: (faces.images[torch.as_tensor(index)], torch.as_tensor(issame))}
-    results = v.verify_sets(network, named or {n: procfaces.benchmark_pairs(n, pairs, size, seed) for n in procfaces.BENCHMARKS}, batch_size, progress=True)
-    table = v.results_table(results)
-    if out: write_verification(out, results, table)
-    shown = table.drop(columns=[c for c in table if table[c].isna().all()])
-    typer.echo(shown.round(2).to_string(na_rep=""))
-    typer.echo("In percent. std: over ten folds; ci: 95%, bootstrap over pairs; tar@FAR: empty where a set has too few pairs." + (f" The table and pictures are in {out}" if out else ""))
+    named = named or {n: procfaces.benchmark_pairs(n, pairs, *sizes, seed) for n in procfaces.BENCHMARKS}
+    results = [v.verify_sets(network, named, batch_size, progress=True) for network in networks]
+    tables = [v.results_table(r) for r in results]
+    table = v.over_seeds(tables) if len(tables) > 1 else tables[0]
+    if out: write_verification(out, results[0], table)
+    typer.echo(table.drop(columns=[c for c in table if table[c].isna().all()]).round(2).to_string(na_rep=""))
+    typer.echo((f"Accuracy in percent over {len(tables)} models; std: between them; ci: 95%, Student's t." if len(tables) > 1 else
+                "In percent. std: over ten folds; ci: 95%, bootstrap over pairs; tar@FAR: empty where a set has too few pairs.") + (f" The table and pictures are in {out}" if out else ""))
 
 # %% ../nbs/17_cli.ipynb #dff25772
 def classifier_weights(model:Path, faces): # [C,D], a row a subject

@@ -243,13 +243,13 @@ class JointBatchNorm(_BatchNorm):
         if not self.training: return super().forward(x)
         world, axes, shape = dist.get_world_size(), [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
         def joint_mean(v): return JointSum.apply(v.mean(axes)) / world
-        mean = joint_mean(x)
+        mean = joint_mean(x.float())
         var = joint_mean((x - mean.view(shape)).square())
         n = world * x.numel() / len(mean)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum), self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        return (x - mean.view(shape)) * (self.weight * (var + self.eps).rsqrt()).view(shape) + self.bias.view(shape)
+        return ((x - mean.view(shape)) * (self.weight * (var + self.eps).rsqrt()).view(shape) + self.bias.view(shape)).to(x.dtype)
 
 # %% ../nbs/06_recognition.ipynb #20eff394
 def join_norms(
@@ -357,10 +357,9 @@ def train_recogniser(
     bar = tqdm(total=config.epochs * steps, initial=first_epoch * steps + first_batch, desc="recogniser", disable=not (progress and main))
 
     def save_now(epoch, batch):
-        if not (out and main): return
-        check_weights(net, head, epoch, batch, out)
-        save_state(out / "state.pt", run=run, net=net.state_dict(), head=head.state_dict(), optimizer=optimizer.state_dict(),
-                   history=history, epoch=epoch, batch=batch, sums=sums.cpu(), seconds=seconds)
+        if out: check_weights(net, head, epoch, batch, out)
+        if out and main: save_state(out / "state.pt", run=run, net=net.state_dict(), head=head.state_dict(), optimizer=optimizer.state_dict(),
+                                    history=history, epoch=epoch, batch=batch, sums=sums.cpu(), seconds=seconds)
 
     def finish_step(numbers, rate, step): # called late, when a GPU has them ready
         epoch, batch = divmod(step, steps)

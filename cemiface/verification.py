@@ -31,11 +31,11 @@ def pair_distances(emb:Tensor|np.ndarray, # [2P,D], pair i = rows 2i and 2i+1; n
 )->np.ndarray: # [P] squared Euclidean distances in [0,4], float64
     "Squared distance of each pair of unit vectors. ValueError on an odd number of rows or on NaN."
     emb = torch.as_tensor(emb).detach().cpu()
-    if emb.ndim != 2 or len(emb) % 2: raise ValueError(f"pairs need an even number of embeddings [2P,D], not {list(emb.shape)}: pair i = rows 2i and 2i+1")
+    if emb.ndim != 2 or len(emb) % 2 or not len(emb): raise ValueError(f"pairs need an even number of embeddings [2P,D], not {list(emb.shape)}: pair i = rows 2i and 2i+1")
     if not (finite := emb.isfinite().all(1)).all():
         raise ValueError(f"{(~finite).sum()} of {len(emb)} embeddings are not finite, first row {finite.int().argmin()}: did the recogniser diverge?")
     blocks = (normalize(b.double().numpy()) for b in emb.split(512))
-    return np.concatenate([np.square(b[0::2] - b[1::2]).sum(1) for b in blocks] or [np.empty(0)])
+    return np.concatenate([np.square(b[0::2] - b[1::2]).sum(1) for b in blocks])
 
 # %% ../nbs/07_verification.ipynb #e310c69b
 def _fold_index(pairs:int, # number of pairs P

@@ -116,6 +116,17 @@ def test_verify_bin_files(model, bins, tmp_path):
     assert "nowhere.bin" in error(2, "verify", "--model", model, "--sets", "nowhere.bin")
 
 
+def test_verify_several_seeds(folder, model, bins, tmp_path):
+    ok("train-recogniser", "--data", folder, "--out", tmp_path / "other", *TINY, "--seed", 1)
+    said = ok("verify", "--model", model, "--model", tmp_path / "other", "--sets", bins, "--out", tmp_path / "both")
+    table, single = pd.read_csv(tmp_path / "both" / "table.csv", index_col=0), []
+    for m in (model, tmp_path / "other"):
+        ok("verify", "--model", m, "--sets", bins, "--out", tmp_path / "one")
+        single.append(pd.read_csv(tmp_path / "one" / "table.csv", index_col=0).accuracy)
+    assert np.allclose(table["mean"], np.mean(single, 0)) and (table.seeds == 2).all() and "over 2 models" in said
+    assert "pixels" in error(2, "verify", "--model", model, "--model", "shipped", "--sets", bins)
+
+
 def test_a_recipe_judged_after_each_epoch(folder, bins, tmp_path):
     said = ok("train-recogniser", "--data", folder, "--out", tmp_path / "m", "--recipe", "adaface", "--sets", bins, *TINY)
     assert "ir18 + adaface, 2 epochs" in said and "best" in said

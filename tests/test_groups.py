@@ -1,4 +1,6 @@
-"Similarity groups against a loop over subjects."
+"Similarity groups against a loop over subjects, centres in the wrong order, groups written and trained on."
+import warnings
+
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -7,7 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cemiface.groups import cos_to_centre, group_samples, group_table, plot_groups, similarity_groups
+from cemiface.groups import (bench_groups, check_centres, cos_to_centre, group_samples, group_table, mean_centres, plot_groups, similarity_groups, subject_groups,
+                             write_groups)
+from cemiface.images import encode_image, write_whole
+from cemiface.records import open_encoded
 
 
 @st.composite
@@ -84,6 +89,82 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="NaN"): cos_to_centre(emb, labels, torch.full((4, 8), float("nan")))
     with pytest.raises(ValueError, match="4 of 4 subjects have fewer than 5 images, the first is subject 0.*min_per_subject=5"): similarity_groups(torch.rand(4), labels)
     with pytest.raises(ValueError, match="one label an image"): similarity_groups(torch.rand(5), labels)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_mean_centres_equal_a_loop_over_subjects(tmp_path, block):
+    rng = np.random.default_rng(1)
+    emb, labels = rng.normal(size=(60, 8)).astype(np.float32), rng.permutation(np.arange(60) % 7)
+    np.save(tmp_path / "emb.npy", emb)
+    unit = emb / np.linalg.norm(emb, axis=1, keepdims=True)
+    means = np.stack([unit[labels == c].mean(0) for c in range(7)])
+    expected = means / np.linalg.norm(means, axis=1, keepdims=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                             # a read-only file on disk is no reason to warn
+        for e in (emb, torch.tensor(emb), np.load(tmp_path / "emb.npy", mmap_mode="r"), 9 * emb.astype(np.float64)):
+            np.testing.assert_allclose(mean_centres(e, labels, block), expected, atol=1e-6)
+
+
+def subjects_around(C, per, noise=1., seed=0):
+    rng = np.random.default_rng(seed)
+    centres, labels = rng.normal(size=(C, 32)), rng.permutation(np.repeat(np.arange(C), per))
+    return centres[labels] + noise * rng.normal(size=(len(labels), 32)), labels, centres
+
+
+@pytest.mark.parametrize("C", [12, 40, 300])
+def test_centres_in_the_order_of_text_are_told(C):
+    emb, labels, centres = subjects_around(C, 20)
+    text = sorted(range(C), key=str)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_centres(emb, labels, centres) > .95 and check_centres(emb, labels, centres, sample=50) > .9
+    for wrong in (centres[text], centres[np.argsort(text)]):
+        with pytest.warns(UserWarning, match="sorted as text"): check_centres(emb, labels, wrong)
+    for wrong in (centres[::-1].copy(), np.random.default_rng(5).normal(size=centres.shape)):
+        with pytest.warns(UserWarning, match="other subjects, in another order") as said: check_centres(emb, labels, wrong)
+        assert "text" not in str(said[0].message)
+    with pytest.raises(ValueError, match=f"but there are {C - 1} centres"): check_centres(emb, labels, centres[1:])
+
+
+def test_one_call_checks_given_centres_and_makes_missing_ones():
+    emb, labels, centres = subjects_around(12, 10)
+    cos, groups = subject_groups(emb, labels)
+    assert torch.equal(cos, cos_to_centre(emb, labels, mean_centres(emb, labels))) and torch.equal(groups, similarity_groups(cos, labels))
+    assert torch.equal(subject_groups(emb, labels, centres, 3)[1], similarity_groups(cos_to_centre(emb, labels, centres), labels, 3))
+    with pytest.warns(UserWarning, match="other subjects"): subject_groups(emb, labels, centres[::-1].copy())
+
+
+@pytest.fixture
+def whole(tmp_path):
+    for name in ("2", "10", "anna"):
+        for k in range(6): write_whole(tmp_path / "faces" / name / f"{k}.png", encode_image(torch.full((3, 8, 8), 10 * k + len(name), dtype=torch.uint8)))
+    return open_encoded(tmp_path / "faces")
+
+
+@pytest.mark.parametrize("to", ["list", "records", "folder"])
+def test_written_groups_hold_the_same_bytes_under_the_same_labels(tmp_path, whole, to):
+    groups = torch.arange(18) % 3
+    write_groups(whole, groups, tmp_path / "out", to)
+    for g in range(3):
+        part = open_encoded(tmp_path / "out" / (f"group_{g}.txt" if to == "list" else f"group_{g}"))
+        mine = [(int(whole.labels[i]), whole.read(i)) for i in range(18) if groups[i] == g]
+        assert sorted((int(part.labels[i]), part.read(i)) for i in range(len(part))) == sorted(mine)
+        assert part.subjects == whole.subjects == ["2", "10", "anna"]
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_groups_that_would_change_labels_are_refused(tmp_path, whole):
+    groups = torch.arange(18) % 3
+    groups[:6] = 0                                                                 # subject 2 in the first group only
+    with pytest.raises(ValueError, match="group 1 has no image of subject 2"): write_groups(whole, groups, tmp_path / "out")
+    with pytest.raises(ValueError, match="17 groups for the 18 images"): write_groups(whole, groups[1:], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_benchmark_runs_in_a_process_of_its_own():
+    small = bench_groups(images=600, subjects=20, dim=16, on_disk=True)
+    assert (small["images"], small["subjects"], small["dim"]) == (600, 20, 16) and 0 < small["cosines"] < small["total"] and small["peak_gb"] > .05
+    with pytest.raises(RuntimeError, match="fewer than 5 images"): bench_groups(images=60, subjects=20, dim=16)
 
 
 class Lazy:

@@ -299,8 +299,9 @@ def test_embedding_in_half_precision():
 SHARED = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from test_recognition import JOINT, train
+from test_recognition import JOINT, patterns, train
 train(JOINT, out=sys.argv[1])
+train(JOINT.model_copy(update={"precision": "bf16", "epochs": 1}), patterns(each=4), out=sys.argv[1] + "/half")
 """
 JOINT = SMALL.model_copy(update={"margin": "adaface", "backbone": "irse18"})
 
@@ -320,6 +321,8 @@ def processes(folder, world):
 def test_two_processes_are_as_one(tmp_path):
     processes(tmp_path, 2)
     two, one = load_recogniser(tmp_path), train(JOINT)
+    half = train(JOINT.model_copy(update={"epochs": 1}), patterns(each=4)) # in full precision
+    assert load_recogniser(tmp_path / "half").history["loss"][0] == pytest.approx(half.history["loss"][0], rel=.02)
     np.testing.assert_allclose(two.history[["loss", "accuracy"]], one.history[["loss", "accuracy"]], rtol=1e-5)
     torch.testing.assert_close(two.centres, one.centres, atol=1e-4, rtol=0)
     for key, value in one.model.state_dict().items(): torch.testing.assert_close(two.model.state_dict()[key], value, atol=1e-3, rtol=1e-3)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from scipy.interpolate import interp1d
+from scipy.interpolate import BSpline, interp1d
 from scipy.stats import ttest_1samp
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
@@ -64,6 +64,19 @@ def test_tar_interpolates_as_scipy_does_where_the_far_has_no_plateau():
         assert _far_thresholds(d, same, fold, (far,))[0, 0] == pytest.approx(float(interp1d(fars, grid, kind="slinear")(far)), abs=1e-9)
 
 
+def test_tar_interpolates_as_the_references_spline_on_plateaus_too():
+    "SciPy's `slinear` is a spline of degree 1; it took repeated FARs before a check for them was added, and the spline itself still does."
+    rng, grid = np.random.default_rng(0), np.arange(0, 4, .001)
+    for pairs in (20, 300, 2000):
+        d, same, fold = 3.9 * rng.random(pairs), rng.random(pairs) < .5, _fold_index(pairs)
+        fars = (1e-4, 1e-3, .01, .1, .5)
+        ours = _far_thresholds(d, same, fold, fars)
+        for f in range(0, 10, 3):
+            rate = np.searchsorted(np.sort(d[(fold != f) & ~same]), grid) / ((fold != f) & ~same).sum()
+            spline = BSpline.construct_fast(np.r_[rate[0], rate, rate[-1]], grid, 1)
+            np.testing.assert_allclose(ours[:, f], spline(np.array(fars)), rtol=0, atol=1e-12)
+
+
 @settings(max_examples=40, deadline=None)
 @given(scored_pairs())
 def test_folds_and_auc_are_those_of_scikit_learn(case):
@@ -115,7 +128,7 @@ def test_limits():
 
 
 @pytest.mark.parametrize("emb,same,says", [
-    (np.ones((5, 3)), [True, False], "even number"), (np.ones((4, 3)), [True], "2 pairs but 1 labels"),
+    (np.ones((5, 3)), [True, False], "even number"), (np.ones((0, 3)), [], "even number"), (np.ones((4, 3)), [True], "2 pairs but 1 labels"),
     (np.full((40, 3), np.nan), [True, False] * 10, "40 of 40 embeddings are not finite"),
     (np.ones((40, 3)), [True] * 20, "one kind"), (np.ones((6, 3)), [True, False, True], "3 pairs cannot be cut into 10 folds")])
 def test_bad_input_is_named(emb, same, says):
