@@ -10,6 +10,7 @@ __all__ = ['MAX_STEPS', 'read_plain_pickle', 'PairSet', 'pair_set', 'is_pairs', 
 import codecs
 import hashlib
 import io
+import os
 import pickletools
 import struct
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from .images import SUFFIXES, decode_image, write_whole
 
@@ -331,9 +333,11 @@ class PairImages:
     ): self.pairs, self.size, self.threads = pairs, size, threads
 
     def __len__(self): return len(self.pairs.images)
+    @property
+    def workers(self)->int: return min(8, os.cpu_count() or 1) if len(self) > 2000 else 0 # processes that decode ahead, as `data.lookups` reads it
 
     def __getitem__(self, index:Tensor)->Tensor:
-        with ThreadPoolExecutor(self.threads) as pool: images = list(pool.map(self.one, index.tolist()))
+        with ThreadPoolExecutor(1 if get_worker_info() else self.threads) as pool: images = list(pool.map(self.one, index.tolist()))
         if len(shapes := {tuple(x.shape) for x in images}) > 1 or images[0].shape[1] != images[0].shape[2]:
             raise ValueError(f"{self.pairs.name} has images of {' and '.join(f'{w} x {h}' for _, h, w in sorted(shapes)[:2])} pixels: give one size=, as the recogniser takes it")
         return torch.stack(images)

@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'AUGMENTATIONS', 'EVERY_RUN', 'RecogniserConfig', 'learnin
            'describe', 'check_same', 'save_state', 'load_state', 'Trained', 'save_recogniser', 'load_recogniser',
            'fresh_accelerator', 'check_training', 'JointSum', 'JointBatchNorm', 'join_norms', 'last_good', 'check_step',
            'check_weights', 'to_device', 'unwrapped', 'train_recogniser', 'embed', 'judged', 'last_and_best',
-           'plot_history', 'plot_evaluation', 'class_centres']
+           'plot_history', 'plot_evaluation']
 
 # %% ../nbs/06_recognition.ipynb #cc07da69
 import io
@@ -490,13 +490,3 @@ def plot_evaluation(
         ax.plot(row["epoch"], row[by], "C1" + marker, markerfacecolor="w" if which == "best" else "C1",
                 markersize=8 if which == "best" else 4, zorder=3 if which == "best" else 4, label=f"{which} ({row['epoch']:.0f}): {row[by]:.4g}")
     ax.set(title=by), ax.legend(loc="lower right")
-
-# %% ../nbs/06_recognition.ipynb #e1c6cd50
-def class_centres(
-    emb:Tensor, # [N,D], normalised
-    labels:Tensor, # [N] int64, dense
-)->Tensor: # [C,D], normalised
-    "Normalised mean embedding of every subject. ValueError if a label has no image."
-    counts = labels.bincount()
-    if (counts == 0).any(): raise ValueError(f"subject {int((counts == 0).nonzero()[0])} has no image: make the labels dense first")
-    return F.normalize(torch.zeros(len(counts), emb.shape[1], dtype=emb.dtype).index_add_(0, labels, emb))

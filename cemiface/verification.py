@@ -205,7 +205,8 @@ def plot_verification(results:dict, # name -> Verification
         cos = 1 - v.distance / 2
         plot_cosines(cos[v.issame], cos[~v.issame], ax)
         ax.set_title(f"{name}: {100 * v.accuracy:.2f}%, AUC {v.auc:.3f}", color="white", backgroundcolor=colour)
-        ax.axvspan(1 - v.threshold.max() / 2 - .004, 1 - v.threshold.min() / 2 + .004, ymax=.72, color="black", alpha=.5, lw=0)
+        ax.axvspan(1 - v.threshold.max() / 2 - .004, 1 - v.threshold.min() / 2 + .004, ymax=.62, color="black", alpha=.5, lw=0, label="the folds' thresholds")
+        ax.legend(loc="upper left"); ax.margins(y=.5)
         far, tar, _ = roc_curve(v.issame, -v.distance)
         roc.step(far, tar, where="post", color=colour)
     step = max(1 / (~v.issame).sum() for v in results.values())

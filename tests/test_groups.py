@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cemiface.groups import (bench_groups, check_centres, cos_to_centre, group_samples, group_table, mean_centres, plot_groups, similarity_groups, subject_groups,
+from cemiface.groups import (bench_groups, check_centres, cos_to_centre, group_samples, group_table, class_centres, plot_groups, similarity_groups, subject_groups,
                              write_groups)
 from cemiface.images import encode_image, write_whole
 from cemiface.records import open_encoded
@@ -92,7 +92,7 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
-def test_mean_centres_equal_a_loop_over_subjects(tmp_path, block):
+def test_class_centres_equal_a_loop_over_subjects(tmp_path, block):
     rng = np.random.default_rng(1)
     emb, labels = rng.normal(size=(60, 8)).astype(np.float32), rng.permutation(np.arange(60) % 7)
     np.save(tmp_path / "emb.npy", emb)
@@ -102,7 +102,7 @@ def test_mean_centres_equal_a_loop_over_subjects(tmp_path, block):
     with warnings.catch_warnings():
         warnings.simplefilter("error")                                             # a read-only file on disk is no reason to warn
         for e in (emb, torch.tensor(emb), np.load(tmp_path / "emb.npy", mmap_mode="r"), 9 * emb.astype(np.float64)):
-            np.testing.assert_allclose(mean_centres(e, labels, block), expected, atol=1e-6)
+            np.testing.assert_allclose(class_centres(e, labels, block), expected, atol=1e-6)
 
 
 def subjects_around(C, per, noise=1., seed=0):
@@ -129,7 +129,7 @@ def test_centres_in_the_order_of_text_are_told(C):
 def test_one_call_checks_given_centres_and_makes_missing_ones():
     emb, labels, centres = subjects_around(12, 10)
     cos, groups = subject_groups(emb, labels)
-    assert torch.equal(cos, cos_to_centre(emb, labels, mean_centres(emb, labels))) and torch.equal(groups, similarity_groups(cos, labels))
+    assert torch.equal(cos, cos_to_centre(emb, labels, class_centres(emb, labels))) and torch.equal(groups, similarity_groups(cos, labels))
     assert torch.equal(subject_groups(emb, labels, centres, 3)[1], similarity_groups(cos_to_centre(emb, labels, centres), labels, 3))
     with pytest.warns(UserWarning, match="other subjects"): subject_groups(emb, labels, centres[::-1].copy())
 

@@ -16,7 +16,8 @@ from accelerate.tracking import GeneralTracker
 from cemiface.data import FaceSet
 from cemiface.data import to_float as recognition_to_float
 from cemiface.margins import MARGINS
-from cemiface.recognition import (RECIPES, RecogniserConfig, class_centres, embed, fresh_accelerator, load_recogniser, load_state, save_recogniser,
+from cemiface.groups import class_centres
+from cemiface.recognition import (RECIPES, RecogniserConfig, embed, fresh_accelerator, load_recogniser, load_state, save_recogniser,
                                   train_recogniser)
 
 SMALL = RecogniserConfig(backbone="ir18", size=16, width=4, emb_dim=16, epochs=2, batch_size=16, lr=.05)
