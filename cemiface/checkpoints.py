@@ -213,7 +213,7 @@ def load_checkpoint(
     model.load_state_dict(weights, assign=True)
     with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
     source = {"file": path.name, "sha256": digest, "network": str(layout), "stored_channels": channels}
-    return Checkpoint(model.eval(), head_centres(tensors, layout, str(path)), source)
+    return Checkpoint(model.to(memory_format=torch.channels_last).eval(), head_centres(tensors, layout, str(path)), source)
 
 # %% ../nbs/06_checkpoints.ipynb #3e29df8a
 def read_centres(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BAD_INPUT', 'Out', 'Device', 'Faces', 'Recogniser', 'Seed', 'Subjects', 'PerSubject', 'Strict', 'Channels',
            'data_app', 'recogniser_app', 'bench_app', 'one_line_errors', 'claim', 'pick_device', 'open_named',
-           'open_recogniser', 'data_convert', 'data_lint', 'data_align', 'recogniser_import', 'recogniser_export',
-           'bench_recognition']
+           'named_path', 'open_recogniser', 'data_convert', 'data_lint', 'data_align', 'recogniser_import',
+           'recogniser_export', 'bench_recognition']
 
 # %% ../nbs/16_commands.ipynb #b8df9925
 import functools, json, os, warnings
@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Optional
 import typer
 
 # %% ../nbs/16_commands.ipynb #08c2cdb5
-BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 def _said(error:BaseException)->str: # without "[Errno 28]" where the message says all
     return error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
@@ -51,9 +51,10 @@ def claim(out:Path, # the output folder
     from cemiface.images import write_whole
     note, mine = out/"command.json", json.loads(json.dumps(dict(command=command, **settings), default=str))
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose a folder for --out")
-    begun = [p.name for p in out.iterdir() if p != note] if out.exists() else []
+    begun = [p.name for p in out.iterdir() if p != note and not p.name.endswith(".part")] if out.exists() else [] # another process may be writing the note
     if begun and not note.exists(): raise ValueError(f"{out} is not empty and was not made by this command: choose another --out")
-    theirs = json.loads(note.read_text()) if begun else mine
+    try: theirs = json.loads(note.read_text()) if begun else mine
+    except ValueError: raise ValueError(f"{note} is damaged: choose another --out, or remove {out}") from None
     other = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
     if other: raise ValueError(f"{out} was begun with another {other[0]} ({theirs.get(other[0])}, now {mine.get(other[0])}): choose another --out, or remove it")
     try: write_whole(note, json.dumps(mine, indent=1).encode())
@@ -65,7 +66,7 @@ Out = Annotated[Path, typer.Option(help="output folder")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda if there is any")]
 Faces = Annotated[str, typer.Option(help="folder SUBJECT/*.jpg|png of aligned faces, InsightFace record folder, list file, or proc:WORLD")]
 Recogniser = Annotated[Path, typer.Option(help="recogniser folder, public checkpoint file, or the word shipped")]
-Seed = Annotated[int, typer.Option(help="seed of everything that is drawn")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of everything that is drawn")]
 Subjects = Annotated[Optional[int], typer.Option(help="use so many subjects; default: all of a stored set, 200 of a world")]
 PerSubject = Annotated[Optional[int], typer.Option(help="at most so many images of each; default: all of a stored set, 20 of a world")]
 Strict = Annotated[bool, typer.Option("--strict", help="stop at an unreadable image instead of leaving it out by name")]
@@ -77,15 +78,22 @@ def pick_device(name:str|None)->str: # the named one, or cuda where there is any
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/16_commands.ipynb #066c714e
-def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, seed:int=0, min_per_subject:int=1, strict:bool=False):
-    "`open_faces` with sizes for a world that has no end; damaged files are named on stderr."
+def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, seed:int=0, min_per_subject:int=1, strict:bool=False)->"FaceSet":
+    "`open_faces` with sizes for a world that has no end; damaged files, and subjects with too few images, are left out and named on stderr."
     from cemiface.data import open_faces
     if source.startswith("proc:"): subjects, per_subject = subjects or 200, per_subject or 20
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        faces = open_faces(source, size, subjects, per_subject, seed=seed, min_per_subject=min_per_subject, on_bad="raise" if strict else "skip", progress=True)
-    for line in faces.skipped: typer.secho(f"left out: {line}", fg="yellow", err=True)
-    return faces
+        faces = open_faces(source, size, subjects, per_subject, seed=seed, on_bad="raise" if strict else "skip", progress=True)
+    counts = faces.labels.bincount(minlength=faces.n_subjects)
+    few = [f"subject {name} with {n} image{'s' * (n > 1)}" for name, n in zip(faces.subjects, counts.tolist()) if n < min_per_subject]
+    if len(few) == faces.n_subjects or strict and few:
+        raise ValueError(f"{source}: {len(few)} of {faces.n_subjects} subjects have fewer than {min_per_subject} images, the first is {few[0]}: add images, or lower the number that is asked for")
+    for line in faces.skipped + few: typer.secho(f"left out: {line}", fg="yellow", err=True)
+    return faces.subset(counts[faces.labels] >= min_per_subject) if few else faces
+
+def named_path(source:str)->str: # the same for every way to write a path
+    return source if source.startswith("proc:") else str(Path(source).expanduser().resolve())
 
 # %% ../nbs/16_commands.ipynb #ee877939
 def open_recogniser(model:Path, device:str|None):
@@ -115,11 +123,11 @@ def data_convert(
     """
     from cemiface.convert import convert
     from cemiface.pairs import convert_pairs, is_pairs
-    from cemiface.records import LISTS, find_record
+    from cemiface.records import find_record
     if target.suffix == ".bin" or is_pairs(source):
-        pairs = convert_pairs(source, target)
-        return typer.echo(f"{pairs} is in {target}")
-    to = to or ("list" if target.suffix in LISTS else "folder" if find_record(source) else "records")
+        if size or to or strict: raise ValueError("pairs keep every image byte for byte: --size, --to and --strict are for labelled sets")
+        return typer.echo(f"{convert_pairs(source, target, progress=True)}, in {target}")
+    to = to or ("list" if target.suffix in (".txt", ".csv", ".tsv", ".lst") else "folder" if find_record(source) else "records")
     made = convert(source, target, to, size, strict, progress=True)
     for line in made.skipped: typer.secho(f"left out: {line}", fg="yellow", err=True)
     typer.echo(f"{len(made)} images of {len(made.subjects)} subjects are in {target}" + (f"; {len(made.skipped)} were left out" if made.skipped else ""))
@@ -140,8 +148,8 @@ def data_lint(
     from cemiface.images import write_whole
     from cemiface.lint import lint
     report = lint(source, size, progress=True)
-    if out: write_whole(out, report.table.to_csv(index=False).encode())
     typer.echo(report)
+    if out: write_whole(out, report.table.to_csv(index=False).encode())
     raise typer.Exit(report.status(strict))
 
 # %% ../nbs/16_commands.ipynb #d9d6ff5d
@@ -150,7 +158,7 @@ def data_lint(
 def data_align(
     source: Annotated[Path, typer.Argument(help="photos: SUBJECT/NAME.jpg")],
     target: Annotated[Path, typer.Argument(help="gets SUBJECT/NAME.png and alignment.csv")],
-    landmarks: Annotated[Optional[Path], typer.Option(help="CSV (path,x1,y1,...,x5,y5) or JSON of five landmarks a face")] = None,
+    landmarks: Annotated[Optional[Path], typer.Option(help="CSV (path,x1,y1,...,x5,y5) or JSON of five landmarks a face, paths as below the folder of photos")] = None,
     detector: Annotated[Optional[Path], typer.Option(help="YuNet's face_detection_yunet_*.onnx; needs opencv-python-headless")] = None,
     size: Annotated[int, typer.Option(min=16, help="pixels a side")] = 112,
 ):
@@ -221,5 +229,5 @@ def bench_recognition(
     Example: cemiface bench recognition --parts training,embedding --precision bf16
     """
     from cemiface.bench import run_bench
-    run_bench(parts.split(",") if parts else None, precision, batch_size, compile, out, say=typer.echo)
+    run_bench([p.strip() for p in parts.split(",") if p.strip()] if parts else None, precision, batch_size, compile, out, say=typer.echo)
     typer.echo(f"All numbers are in {out}")

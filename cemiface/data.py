@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LUMA', 'AUGMENT_DRAWS', 'to_float', 'to_uint8', 'FaceSet', 'Picked', 'EncodedImages', 'decode_all', 'choose',
            'open_stored', 'open_world', 'open_faces', 'epoch_order', 'lookups', 'batches', 'crop_weights', 'flip_crop',
-           'turn_hue', 'jitter', 'erase', 'augment']
+           'constant', 'turn_hue', 'jitter', 'erase', 'augment']
 
 # %% ../nbs/03_data.ipynb #e0f9bf3b
 import math
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -249,6 +250,7 @@ def lookups(
     indices:Iterable[Tensor],  # int64 [B] each
 )->Iterator[Tensor]: # uint8 [B,3,S,S], in the order of `indices`
     "Batch after batch. ValueError or OSError names an image that cannot be read."
+    if isinstance(images, Tensor): yield from (images.index_select(0, i) for i in indices); return # twice as fast as images[i]
     if not (workers := getattr(images, "workers", 0)): yield from (images[i] for i in indices); return
     loader = DataLoader(images, batch_size=None, sampler=list(indices), num_workers=workers, pin_memory=torch.cuda.is_available(),
                         generator=torch.Generator())           # its own: it would draw from the global one
@@ -263,11 +265,12 @@ def batches(
     epoch:int,           # from 0
     drop_last:bool=True, # leave out a last batch that is short
     start:int=0,         # first batch to give, to resume
+    part:slice=slice(None), # of each batch: that of one process of several
 )->Iterator[tuple[Tensor, Tensor, Tensor]]: # images uint8 [B,3,S,S], labels int64 [B], indices int64 [B]
     "One epoch of shuffled batches. ValueError if the set has no full batch."
     if drop_last and len(faces) < batch_size:
         raise ValueError(f"{faces.name} has {len(faces)} images, not one batch of {batch_size}: lower batch_size, or use drop_last=False")
-    chosen = [i for i in epoch_order(len(faces), seed, epoch).split(batch_size)[start:] if len(i) == batch_size or not drop_last]
+    chosen = [i[part] for i in epoch_order(len(faces), seed, epoch).split(batch_size)[start:] if len(i) == batch_size or not drop_last]
     for images, i in zip(lookups(faces.images, chosen), chosen): yield images, faces.labels[i], i
 
 # %% ../nbs/03_data.ipynb #4b627002
@@ -298,6 +301,10 @@ def flip_crop(
     return (rows[:, None] @ across.view(x.shape)).to(x.dtype)
 
 # %% ../nbs/03_data.ipynb #973d3185
+@cache
+def constant(values:tuple, device:torch.device)->Tensor: # made once, since making it waits for a GPU
+    return torch.tensor(values, device=device)
+
 def turn_hue(
     c:Tensor,    # [B,3,P] RGB
     turn:Tensor, # [B] in turns; positive from red to yellow to green
@@ -307,7 +314,7 @@ def turn_hue(
     v = torch.maximum(torch.maximum(r, g), b)
     chroma = v-torch.minimum(torch.minimum(r, g), b)
     sixth = torch.where(v == r, g-b, torch.where(v == g, b-r+2*chroma, r-g+4*chroma)).div_(chroma.clamp(min=1e-8))
-    d = (sixth+6*turn[:, None])[:, None]-torch.tensor([0., 2., 4.], device=c.device)[:, None]
+    d = (sixth+6*turn[:, None])[:, None]-constant((0., 2., 4.), c.device)[:, None]
     d = d.sub_(6*(d/6).round_()).abs_().sub_(1).clamp_(0, 1)
     return torch.addcmul(v[:, None], chroma[:, None], d, value=-1)
 
@@ -321,7 +328,7 @@ def jitter(
 )->Tensor: # [B,3,S,S] in [-1,1]
     "Random brightness, contrast and saturation in one colour matrix and one offset an image, then random hue."
     bright, contrast, saturation = (1+strength*(2*u[:, :3]-1)).T[..., None, None]
-    luma, eye = torch.tensor(LUMA, device=u.device), torch.eye(3, device=u.device)
+    luma, eye = constant(LUMA, u.device), torch.eye(3, device=u.device)
     flat = x.float().flatten(2)
     mean = (flat.mean(2) @ luma)[:, None, None]
     offset = bright*(1+(1-contrast)*mean)-1                   # the one above, for colours in [-1,1]
@@ -337,7 +344,7 @@ def erase(
     ratio:tuple=(.3, 3.3),# height : width, log-uniform
 )->Tensor: # [B,3,S,S]; mid-grey in the box
     "Random erasing: a box of whole pixels is set to 0, the middle of [-1,1]."
-    size = torch.tensor(x.shape[-2:], device=u.device)
+    size = constant(tuple(x.shape[-2:]), u.device)
     area = scale[0]+(scale[1]-scale[0])*u[:, 1]
     log_ratio = math.log(ratio[0])+(math.log(ratio[1])-math.log(ratio[0]))*u[:, 2]
     sides = (torch.stack([(log_ratio/2).exp(), (-log_ratio/2).exp()], -1)*area.sqrt()[:, None]*size).round()

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['RECIPES', 'AUGMENTATIONS', 'EVERY_RUN', 'RecogniserConfig', 'learning_rate', 'weight_groups', 'mirror', 'step_seed',
            'describe', 'check_same', 'save_state', 'load_state', 'Trained', 'save_recogniser', 'load_recogniser',
-           'fresh_accelerator', 'check_training', 'JointSum', 'JointBatchNorm', 'join_norms', 'last_good', 'check_step',
-           'check_weights', 'to_device', 'unwrapped', 'train_recogniser', 'embed', 'judged', 'last_and_best',
-           'plot_history', 'plot_evaluation']
+           'fresh_accelerator', 'check_training', 'memory_format', 'check_same_start', 'JointSum', 'JointBatchNorm',
+           'join_norms', 'last_good', 'check_step', 'check_weights', 'to_device', 'unwrapped', 'train_recogniser',
+           'embed', 'judged', 'last_and_best', 'plot_history', 'plot_evaluation']
 
 # %% ../nbs/06_recognition.ipynb #cc07da69
+import gc
 import io
 import json
 import math
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from .backbones import BACKBONES, IResNet, backbone
+from .backbones import BACKBONES, IResNet, backbone, folded
 from .data import AUGMENT_DRAWS, FaceSet, augment, batches, lookups, to_float
 from .margins import MARGINS, correct, margin_head
 from .images import write_whole
@@ -62,6 +63,7 @@ class RecogniserConfig(BaseModel, extra="forbid", frozen=True):
     clip: float | None = Field(5., gt=0, description="largest norm of the gradient; None: no limit")
     augment: Literal["cemiface", "flip", "none"] = Field("cemiface", description="the paper's augmentation, its mirroring alone, or nothing")
     precision: Literal["no", "bf16"] = Field("no", description="mixed precision, as accelerate names it")
+    joint_norms: bool = Field(True, description="batch norms over the batch of all processes; False: each process its own part, as most public code does")
     compile: bool = Field(False, description="compile the backbone; needs a C++ compiler or CUDA's")
     seed: int = Field(0, ge=0, description="of the weights, the order and the augmentation")
 
@@ -191,15 +193,18 @@ def save_recogniser(
 def load_recogniser(
     folder:str|Path, # from `save_recogniser`
 )->Trained: # on the CPU
-    "Read a recogniser. OSError if the folder holds no finished one."
+    "Read a recogniser. OSError if the folder holds no finished one, ValueError if a file in it is damaged."
     folder = Path(folder)
     if not (folder / "recogniser.json").exists():
         raise FileNotFoundError(f"{folder} holds no finished recogniser (recogniser.json is missing): train one into it first")
-    record, centres, history = json.loads((folder / "recogniser.json").read_text()), folder / "centres.safetensors", folder / "history.csv"
-    model = IResNet.from_pretrained(folder / "model").to(memory_format=torch.channels_last).eval()
-    return Trained(model, load_file(centres)["centres"] if centres.exists() else None,
-                   pd.read_csv(history) if history.exists() else pd.DataFrame(),
-                   RecogniserConfig(**record["config"]) if record.get("config") else None, record.get("source") or {})
+    centres, history = folder / "centres.safetensors", folder / "history.csv"
+    try:
+        record = json.loads((folder / "recogniser.json").read_text())
+        model = IResNet.from_pretrained(folder / "model").to(memory_format=torch.channels_last).eval()
+        return Trained(model, load_file(centres)["centres"] if centres.exists() else None,
+                       pd.read_csv(history) if history.exists() else pd.DataFrame(),
+                       RecogniserConfig(**record["config"]) if record.get("config") else None, record.get("source") or {})
+    except Exception as e: raise ValueError(f"{folder}: a file of the recogniser is damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}): copy the folder again, or train it anew") from e
 
 # %% ../nbs/06_recognition.ipynb #b41fba8f
 def fresh_accelerator(
@@ -221,6 +226,22 @@ def check_training(
     if faces.n_subjects < 2: raise ValueError(f"{faces.name} has {faces.n_subjects} subject: a recogniser needs at least two subjects")
     if len(faces) < config.batch_size: raise ValueError(f"{faces.name} has {len(faces)} images, less than one batch of {config.batch_size}: lower batch_size")
     if config.batch_size % processes: raise ValueError(f"batch_size {config.batch_size} does not split over {processes} processes: choose a multiple")
+
+def memory_format(
+    config:RecogniserConfig, # width, size
+    device:torch.device, # where it will be trained
+)->torch.memory_format:
+    "Channels last, which is faster, but for narrow networks of large images on a CPU: there torch's 1x1 convolutions crash on the way back."
+    return torch.contiguous_format if device.type == "cpu" and config.width < 16 and config.size > 40 else torch.channels_last
+
+def check_same_start(
+    accelerator:Accelerator, # of this process
+    step:int, # where it starts
+    out:Path|None, # where states are kept
+):
+    "ValueError if processes would go on from different steps, because they see different folders."
+    starts = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1: raise ValueError(f"the processes find different states in {out} (steps {', '.join(map(str, starts))}): it must be one folder that all machines share")
 
 # %% ../nbs/06_recognition.ipynb #eda2db1a
 class JointSum(torch.autograd.Function):
@@ -306,7 +327,7 @@ def to_device(
     device:torch.device,
 )->Tensor: # there; on CUDA the copy may still be under way, and whatever uses it there waits for it
     "Copy without making the GPU or this process wait."
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 # %% ../nbs/06_recognition.ipynb #07bb164d
 def unwrapped(
@@ -334,14 +355,19 @@ def train_recogniser(
     out, run = out and Path(out), describe(faces, config)
     if out and (out / "recogniser.json").exists():
         check_same(run, json.loads((out / "recogniser.json").read_text()), out)
-        return load_recogniser(out)
+        trained = load_recogniser(out)
+        trained.model.to(fresh_accelerator(config.precision).device)
+        return trained
+    gc.collect() # a wrapped network of a training before is a cycle that holds GPU memory
     accelerator = fresh_accelerator(config.precision, log_with=log_with, project_dir=out)
     rank, world, device, main = accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator.is_main_process
+    torch.backends.cudnn.benchmark = True # every batch has one shape
     check_training(faces, config, world)
 
     torch.manual_seed(config.seed)
     shape = config.backbone, config.size, config.width, config.emb_dim, config.dropout
-    net = backbone(*shape).to(memory_format=torch.channels_last)
+    layout = memory_format(config, device)
+    net = backbone(*shape).to(memory_format=layout)
     options = {} if config.margin_gradient else {"margin_gradient": False}
     head = margin_head(config.margin, faces.n_subjects, config.emb_dim, config.margin_m, config.margin_s, **options)
     optimizer = torch.optim.SGD(weight_groups(net, head, config), config.lr, config.momentum)
@@ -350,8 +376,9 @@ def train_recogniser(
     if out and (state := load_state(out / "state.pt", run)):
         net.load_state_dict(state["net"]), head.load_state_dict(state["head"]), optimizer.load_state_dict(state["optimizer"])
         history, first_epoch, first_batch, sums, seconds = (state[k] for k in ("history", "epoch", "batch", "sums", "seconds"))
-    if world > 1: join_norms(net, device)
-    if config.compile: net.compile()
+    check_same_start(accelerator, first_epoch * steps + first_batch, out)
+    if world > 1 and config.joint_norms: join_norms(net, device)
+    if config.compile: torch._dynamo.reset(), net.compile() # dynamo gives up on the ninth network otherwise
     model, classify, optimizer = accelerator.prepare(net, head, optimizer)
     accelerator.init_trackers("recogniser", {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config})
     bar = tqdm(total=config.epochs * steps, initial=first_epoch * steps + first_batch, desc="recogniser", disable=not (progress and main))
@@ -370,11 +397,12 @@ def train_recogniser(
     for epoch in range(first_epoch, config.epochs):
         net.train(), head.train()
         sums, start, saved, last = sums.to(device), time.monotonic() - seconds, time.monotonic(), None
-        for batch, (images, labels, _) in enumerate(batches(faces, config.batch_size, config.seed, epoch, start=first_batch), first_batch):
+        mine = slice(rank, None, world)
+        for batch, (images, labels, _) in enumerate(batches(faces, config.batch_size, config.seed, epoch, start=first_batch, part=mine), first_batch):
             chance = torch.Generator(device).manual_seed(step_seed(config.seed, epoch, batch, 0))
-            u = torch.rand(config.batch_size, AUGMENT_DRAWS, generator=chance, device=device)[rank::world]
-            x, y = to_device(images[rank::world], device), to_device(labels[rank::world], device)
-            x = AUGMENTATIONS[config.augment](to_float(x), u).contiguous(memory_format=torch.channels_last)
+            u = torch.rand(config.batch_size, AUGMENT_DRAWS, generator=chance, device=device)[mine]
+            x, y = to_device(images, device), to_device(labels, device)
+            x = AUGMENTATIONS[config.augment](to_float(x), u).contiguous(memory_format=layout)
             if last: finish_step(*last)
             if last and time.monotonic() - saved > save_seconds:
                 save_now(epoch, batch)
@@ -396,6 +424,7 @@ def train_recogniser(
             sums += numbers[:2]
             last, seconds = (numbers, rate, step), time.monotonic() - start
         finish_step(*last)
+        seconds = time.monotonic() - start
         loss, accuracy = (sums / steps).tolist()
         results = {name: float(value) for name, value in evaluate(unwrapped(net, shape)).items()} if evaluate else {}
         accelerator.log({"epoch": epoch + 1, **results}, step=step)
@@ -427,11 +456,12 @@ def embed(
     images, training = getattr(images, "images", images), model.training
     model = model.to(device).eval() if device else model.eval()
     device, found, chosen = next(model.parameters()).device, [], torch.arange(len(images)).split(batch_size)
+    net = folded(model) if device.type == "cuda" and isinstance(model, IResNet) else model
     for batch in tqdm(lookups(images, chosen), total=len(chosen), desc="embedding", disable=not progress):
         x = to_float(to_device(batch, device)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            emb = model(x).float() + model(x.flip(3)).float() if flip else model(x).float()
-        found.append(F.normalize(emb).to("cpu", non_blocking=True)) # the next images are looked up meanwhile
+            emb = net(x).float() + net(x.flip(3)).float() if flip else net(x).float()
+        found.append(F.normalize(emb).to("cpu", non_blocking=device.type == "cuda")) # the next images are looked up meanwhile
     if device.type == "cuda": torch.cuda.synchronize(device)
     model.train(training)
     return torch.cat(found)

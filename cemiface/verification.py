@@ -11,6 +11,7 @@ __all__ = ['FIVE', 'CASIA_AVG', 'pair_distances', 'Verification', 'verify_distan
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -227,6 +228,7 @@ def verify_sets(model:torch.nn.Module, # recogniser: [B,3,S,S] in [-1,1] -> [B,D
     batch_size:int=256, # images a forward pass
     device=None, # where to embed; None: where the model is
     progress:bool=False, # show a bar
+    precision:Literal["no", "bf16"]="no", # of the network, as in `embed`
 )->dict[str, Verification]: # by name
     "Verification of a model on every benchmark. ValueError if there is none, or two of one name."
     if not isinstance(benchmarks, dict):
@@ -235,7 +237,8 @@ def verify_sets(model:torch.nn.Module, # recogniser: [B,3,S,S] in [-1,1] -> [B,D
         if len(set(names)) < len(names): raise ValueError(f"two of the sets {', '.join(names)} have one name: pass a dict of name -> set")
         benchmarks = dict(zip(names, benchmarks))
     if not benchmarks: raise ValueError("no benchmark given: pass a dict of name -> (images, issame)")
-    return {name: verify(*_set_embeddings(model, b, batch_size=batch_size, device=device, progress=progress)) for name, b in benchmarks.items()}
+    how = dict(batch_size=batch_size, device=device, progress=progress, precision=precision)
+    return {name: verify(*_set_embeddings(model, b, **how)) for name, b in benchmarks.items()}
 
 # %% ../nbs/07_verification.ipynb #7f1326d8
 FIVE = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")      # InsightFace's names of the paper's benchmarks
@@ -264,11 +267,10 @@ def results_table(results:dict[str, Verification], # name -> Verification
 def evaluate(model:torch.nn.Module, # recogniser: [B,3,S,S] in [-1,1] -> [B,D]
     benchmarks:dict|Iterable[PairSet], # as in `verify_sets`
     batch_size:int=256, # images a forward pass
-    device=None, # where to embed; None: where the model is
-    progress:bool=False, # show a bar
+    **how, # device, progress, precision, as in `verify_sets`
 )->pd.DataFrame: # as from `results_table`
     "Verification of a model on every benchmark, and their average."
-    return results_table(verify_sets(model, benchmarks, batch_size, device, progress))
+    return results_table(verify_sets(model, benchmarks, batch_size, **how))
 
 # %% ../nbs/07_verification.ipynb #1e4a8630
 def over_seeds(tables:list[pd.DataFrame], # of `evaluate`, one a seed

@@ -17,7 +17,7 @@ from cemiface.data import FaceSet
 from cemiface.data import to_float as recognition_to_float
 from cemiface.margins import MARGINS
 from cemiface.groups import class_centres
-from cemiface.recognition import (RECIPES, RecogniserConfig, embed, fresh_accelerator, load_recogniser, load_state, save_recogniser,
+from cemiface.recognition import (RECIPES, RecogniserConfig, check_same_start, embed, fresh_accelerator, load_recogniser, load_state, save_recogniser,
                                   train_recogniser)
 
 SMALL = RecogniserConfig(backbone="ir18", size=16, width=4, emb_dim=16, epochs=2, batch_size=16, lr=.05)
@@ -269,6 +269,19 @@ def test_trackers_hear_of_steps_and_epochs(tmp_path):
     np.testing.assert_allclose(heard, plain().history["loss"], rtol=1e-6)
 
 
+def test_a_narrow_network_of_large_images_trains(tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from test_recognition import SMALL, patterns, train\n"
+            "train(SMALL.model_copy(update={'size': 112, 'epochs': 1, 'batch_size': 4}), patterns(2, 2, 112))")
+    assert subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)]).returncode == 0 # torch's own convolutions end the process otherwise
+
+
+def test_processes_that_start_apart_are_refused(tmp_path):
+    class Two:
+        device = "cpu"
+        def gather(self, x): return torch.cat([x, x + 3])
+    with pytest.raises(ValueError, match=r"steps 4, 7.*all machines share"): check_same_start(Two(), 4, tmp_path)
+
+
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     assert same(train(out=tmp_path, log_with="tensorboard", log_steps=4), plain())
@@ -283,6 +296,13 @@ def test_what_a_checkpoint_does_not_bring_is_left_out(tmp_path):
     again = load_recogniser(saved)
     assert (again.centres, again.config, again.source, len(again.history)) == (None, None, {"file": "a.ckpt"}, 0)
     with pytest.raises(ValueError, match="another folder"): train(out=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["recogniser.json", "model/config.json", "model/diffusion_pytorch_model.safetensors", "centres.safetensors"])
+def test_a_damaged_recogniser_is_named(tmp_path, name):
+    save_recogniser(tmp_path, plain())
+    (tmp_path / name).write_bytes(b"{junk")
+    with pytest.raises(ValueError, match="a file of the recogniser is damaged"): load_recogniser(tmp_path)
 
 
 def test_what_is_evaluated_is_what_is_kept():
@@ -303,6 +323,7 @@ sys.path.insert(0, sys.argv[2])
 from test_recognition import JOINT, patterns, train
 train(JOINT, out=sys.argv[1])
 train(JOINT.model_copy(update={"precision": "bf16", "epochs": 1}), patterns(each=4), out=sys.argv[1] + "/half")
+train(JOINT.model_copy(update={"joint_norms": False, "epochs": 1}), patterns(each=4), out=sys.argv[1] + "/apart")
 """
 JOINT = SMALL.model_copy(update={"margin": "adaface", "backbone": "irse18"})
 
@@ -324,6 +345,8 @@ def test_two_processes_are_as_one(tmp_path):
     two, one = load_recogniser(tmp_path), train(JOINT)
     half = train(JOINT.model_copy(update={"epochs": 1}), patterns(each=4)) # in full precision
     assert load_recogniser(tmp_path / "half").history["loss"][0] == pytest.approx(half.history["loss"][0], rel=.02)
+    apart = train(JOINT.model_copy(update={"joint_norms": False, "epochs": 1}), patterns(each=4)) # a batch of 16 is not two of 8
+    assert load_recogniser(tmp_path / "apart").history["loss"][0] != pytest.approx(apart.history["loss"][0], rel=1e-3)
     np.testing.assert_allclose(two.history[["loss", "accuracy"]], one.history[["loss", "accuracy"]], rtol=1e-5)
     torch.testing.assert_close(two.centres, one.centres, atol=1e-4, rtol=0)
     for key, value in one.model.state_dict().items(): torch.testing.assert_close(two.model.state_dict()[key], value, atol=1e-3, rtol=1e-3)
