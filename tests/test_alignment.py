@@ -205,6 +205,92 @@ def test_a_second_run_finds_nothing_to_do_and_another_size_starts_over(tmp_path)
     assert len(calls) == 13 and Image.open(tmp_path/"out"/"s0"/"0.png").size == (64, 64)
 
 
+def written(out):
+    "Bytes and time of each crop."
+    return {p.relative_to(out).as_posix(): (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*.png")}
+
+
+def test_corrected_landmarks_and_changed_photos_are_cropped_again_and_only_they(tmp_path):
+    source, points = photos(tmp_path)
+    first = align_folder(source, tmp_path/"out", points)
+    before, lines = written(tmp_path/"out"), points.read_text().split("\n")
+    lines[1] = "s1/1.png,"+",".join(map(repr, moved(1.3, -.1, 50, 60).flatten().tolist()))                # corrected,
+    lines[2] = "s0/2.png"+",7"*10                                                                         # spoilt,
+    del lines[3]                                                                                          # gone (s1/3.png),
+    write_whole(points, "\n".join(lines).encode())
+    write_whole(source/"s0"/"4.png", encode_image(smooth(260, 99)))                                       # another photo
+    report, after = align_folder(source, tmp_path/"out", points).set_index("path"), written(tmp_path/"out")
+    assert report.outcome.to_dict() == {"s0/0.png": "aligned", "s0/2.png": "bad landmarks", "s0/4.png": "aligned", "s1/1.png": "aligned", "s1/3.png": "no face", "s1/5.png": "aligned"}
+    assert {name for name in before if before[name] == after.get(name)} == {"s0/0.png", "s1/5.png"}
+    assert sorted(after) == sorted(report.crop[report.crop != ""])                                        # no crop is left of what is no face any more
+    align_folder(source, tmp_path/"fresh", points)
+    assert {k: v[0] for k, v in after.items()} == {k: v[0] for k, v in written(tmp_path/"fresh").items()}
+    assert (first.set_index("path").made_from == report.made_from).to_dict() == {n: n in ("s0/0.png", "s1/5.png") for n in report.index}
+
+
+def test_another_detector_starts_over(tmp_path):
+    source, _ = photos(tmp_path, 2)
+    def straight(image): return TEMPLATE[None]
+    def turned(image): return moved(1.2, .3, 20, 20)[None]
+    align_folder(source, tmp_path/"out", straight)
+    straight_crops = written(tmp_path/"out")
+    align_folder(source, tmp_path/"out", straight)
+    assert written(tmp_path/"out") == straight_crops
+    align_folder(source, tmp_path/"out", turned)
+    turned_crops = written(tmp_path/"out")
+    assert all(turned_crops[k][0] != straight_crops[k][0] for k in turned_crops)
+    turned.name = "turned, with other weights"
+    align_folder(source, tmp_path/"out", turned)
+    assert all(written(tmp_path/"out")[k][1] != turned_crops[k][1] for k in turned_crops)
+
+
+@pytest.mark.parametrize("digest", ["0012345678901234", "12e4567890123456", "nan", "1e5"])
+def test_a_digest_that_looks_like_a_number_is_none(tmp_path, monkeypatch, digest):
+    monkeypatch.setattr(alignment, "source_digest", lambda *_: digest)
+    source, points = photos(tmp_path, 2)
+    align_folder(source, tmp_path/"out", points)
+    before = written(tmp_path/"out")
+    align_folder(source, tmp_path/"out", points)
+    assert written(tmp_path/"out") == before
+
+
+def test_a_second_run_that_is_stopped_forgets_nothing(tmp_path, monkeypatch):
+    source, points = photos(tmp_path)
+    first = align_folder(source, tmp_path/"out", points)
+    monkeypatch.setattr(alignment, "source_digest", lambda *_: 1/0)
+    with pytest.raises(ZeroDivisionError): align_folder(source, tmp_path/"out", points)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"out"/"alignment.csv", keep_default_na=False, dtype=dict(made_from=str)), first)
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):
+    source, points = photos(tmp_path, 2)
+    for name in ("train.rec", "s0/0.png"):
+        out = tmp_path/name.replace("/", "_")
+        write_whole(out/name, b"precious")
+        with pytest.raises(FileExistsError, match="holds other files, and no alignment.csv.*choose a new or empty folder"): align_folder(source, out, points)
+        assert [p.name for p in out.iterdir()] == [name.split("/")[0]] and (out/name).read_bytes() == b"precious"
+    write_whole(tmp_path/"new"/".alignment.csv.7.part", b"of a run that was killed at once")
+    assert (align_folder(source, tmp_path/"new", points).outcome == "aligned").all()
+
+
+def test_a_run_that_is_killed_at_its_first_photos_can_be_continued(tmp_path, monkeypatch):
+    source, points = photos(tmp_path)
+    monkeypatch.setattr(alignment.os, "cpu_count", lambda: 1)
+    real = alignment.align_photo
+    monkeypatch.setattr(alignment, "align_photo", lambda path, *args: real(path, *args) if path.name != "3.png" else 1/0)
+    with pytest.raises(ZeroDivisionError): align_folder(source, tmp_path/"out", points)
+    assert len(written(tmp_path/"out")) > 0
+    monkeypatch.setattr(alignment, "align_photo", real)
+    assert (align_folder(source, tmp_path/"out", points).outcome == "aligned").all()
+
+
+def test_a_file_of_landmarks_that_is_not_there_is_one_error(tmp_path):
+    source, _ = photos(tmp_path, 2)
+    for name in ("nope.csv", "nope.json", "."):
+        with pytest.raises(OSError, match=r"could not read the landmarks .*: give a \.csv or \.json file that is there") as e: align_folder(source, tmp_path/"out", tmp_path/name)
+        assert str(tmp_path/name) in str(e.value) and not (tmp_path/"out").exists()
+
+
 def test_a_detector_may_return_lists_or_nothing(tmp_path):
     source, _ = photos(tmp_path, 2)
     answers = iter([[], TEMPLATE.tolist()])
@@ -240,7 +326,10 @@ def test_kill_and_resume_end_where_an_uninterrupted_run_ends(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path)], env=os.environ | dict(OMP_NUM_THREADS="1"))
     try:
         deadline = time.time()+120
-        while not (tmp_path/"killed"/"alignment.csv").exists() and time.time() < deadline and process.poll() is None: time.sleep(.005)
+        def rows():
+            report = tmp_path/"killed"/"alignment.csv"
+            return len(pd.read_csv(report)) if report.exists() else 0
+        while not rows() and time.time() < deadline and process.poll() is None: time.sleep(.005)
     finally: os.kill(process.pid, signal.SIGKILL); process.wait()
     assert 0 < len(pd.read_csv(tmp_path/"killed"/"alignment.csv")) < 300
     whole = align_folder(source, tmp_path/"whole", points, 16)
@@ -254,7 +343,7 @@ def test_a_damaged_report_is_named_or_starts_over(tmp_path, text):
     source, points = photos(tmp_path, 2)
     write_whole(tmp_path/"out"/"alignment.csv", text.encode())
     try: report = align_folder(source, tmp_path/"out", points)
-    except ValueError as e: assert "alignment.csv: not a report" in str(e)
+    except ValueError as e: assert "alignment.csv: not a report" in str(e) and "choose a new folder" in str(e)
     else: assert (report.outcome == "aligned").all()
 
 
@@ -298,6 +387,9 @@ def test_opencv_reads_the_network_and_landmarks_come_out_in_order(tmp_path):
     points = (torch.tensor([[56., 32], [72, 32], [64, 40], [60, 48], [68, 48]])+.5)*2-.5
     assert detect(photo).shape == (1, 5, 2) and torch.allclose(detect(photo)[0], points.double())
     similarity_transform(detect(photo)[0], TEMPLATE)                                      # not mirrored
+    same, other = yunet_detector(tmp_path/"yunet.onnx", side=128), yunet_detector(tmp_path/"yunet.onnx", side=64)
+    (tmp_path/"copy.onnx").write_bytes((tmp_path/"yunet.onnx").read_bytes()+b"\x32\0")     # the same network in another file: an empty field more
+    assert detect.name == same.name and len({detect.name, other.name, yunet_detector(tmp_path/"copy.onnx", side=128).name}) == 3
     assert len(detect(photo.flip(0))) == 0                                                # blue is no face: the channels arrive as BGR
 
 
