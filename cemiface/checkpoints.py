@@ -232,13 +232,15 @@ def read_centres(
 # %% ../nbs/06_checkpoints.ipynb #a09fc3b3
 def import_recogniser(
     file:str|Path, # of AdaFace, DCFace, CVLface or InsightFace
-    out:str|Path, # a new folder
+    out:str|Path, # a new or empty folder
     channels:Literal["rgb", "bgr"]|None=None, # what the file's network takes; None: what its code does
     centres:Tensor|None=None, # [C,D], where they are in other files
 )->Path: # the folder
-    "Turn a public checkpoint into a recogniser of this package. ValueError or OSError as `load_checkpoint`; FileExistsError if `out` holds a recogniser."
+    "Turn a public checkpoint into a recogniser of this package. ValueError or OSError as `load_checkpoint`; FileExistsError if `out` is in use."
     out = Path(out)
-    if (out/"recogniser.json").exists(): raise FileExistsError(f"{out} already holds a recogniser: choose another folder or delete this one")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "already holds a recogniser" if (out/"recogniser.json").exists() else "is not empty"
+        raise FileExistsError(f"{out} {what}: choose a new folder, or remove what is in it")
     found = load_checkpoint(file, channels)
     dim, centres = found.model.config.emb_dim, found.centres if centres is None else F.normalize(centres.float())
     if centres is not None and centres.shape[1:] != (dim,): raise ValueError(f"centres {list(centres.shape)} do not fit embeddings of {dim}: give [classes,{dim}]")

@@ -139,12 +139,12 @@ MinPerSubject = Annotated[int, typer.Option(min=1, help="leave out subjects with
 
 def verification_sets(sets:str|None, skip_damaged:bool)->list:
     "The pairs of each named set, checked. ValueError or OSError names the one that cannot be used."
-    from cemiface.pairs import open_pairs, sound_pairs
+    from cemiface.pairs import open_pairs, without_damaged
     from cemiface.verification import check_sets
     if sets is None: return []
     named = [s.strip() for s in sets.split(",") if s.strip()]
     if not named: raise ValueError("--sets names no set: give .bin files or folders with pairs.txt, with commas")
-    found = [sound_pairs(open_pairs(s)) if skip_damaged else open_pairs(s) for s in named]
+    found = [without_damaged(open_pairs(s)) if skip_damaged else open_pairs(s) for s in named]
     check_sets(found)
     return found
 

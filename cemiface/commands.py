@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BAD_INPUT', 'Out', 'Device', 'Faces', 'Recogniser', 'Seed', 'Subjects', 'PerSubject', 'Strict', 'Channels',
-           'data_app', 'recogniser_app', 'bench_app', 'one_line_errors', 'claim', 'pick_device', 'open_named',
-           'named_path', 'open_recogniser', 'data_convert', 'data_lint', 'data_align', 'recogniser_import',
-           'recogniser_export', 'bench_recognition']
+           'data_app', 'recogniser_app', 'bench_app', 'one_line_errors', 'claim', 'pick_device', 'say_left_out',
+           'open_named', 'named_path', 'open_recogniser', 'data_convert', 'data_lint', 'data_align',
+           'recogniser_import', 'recogniser_export', 'bench_recognition']
 
 # %% ../nbs/16_commands.ipynb #b8df9925
 import functools, json, os, warnings
@@ -78,6 +78,10 @@ def pick_device(name:str|None)->str: # the named one, or cuda where there is any
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/16_commands.ipynb #066c714e
+def say_left_out(lines:list[str]):
+    "The first ten on stderr, and how many more."
+    for line in lines[:10] + [f"{len(lines) - 10} more"] * (len(lines) > 10): typer.secho(f"left out: {line}", fg="yellow", err=True)
+
 def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, seed:int=0, min_per_subject:int=1, strict:bool=False)->"FaceSet":
     "`open_faces` with sizes for a world that has no end; damaged files, and subjects with too few images, are left out and named on stderr."
     from cemiface.data import open_faces
@@ -89,7 +93,7 @@ def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, se
     few = [f"subject {name} with {n} image{'s' * (n > 1)}" for name, n in zip(faces.subjects, counts.tolist()) if n < min_per_subject]
     if len(few) == faces.n_subjects or strict and few:
         raise ValueError(f"{source}: {len(few)} of {faces.n_subjects} subjects have fewer than {min_per_subject} images, the first is {few[0]}: add images, or lower the number that is asked for")
-    for line in faces.skipped + few: typer.secho(f"left out: {line}", fg="yellow", err=True)
+    say_left_out(faces.skipped + few)
     return faces.subset(counts[faces.labels] >= min_per_subject) if few else faces
 
 def named_path(source:str)->str: # the same for every way to write a path
@@ -123,13 +127,13 @@ def data_convert(
     """
     from cemiface.convert import convert
     from cemiface.pairs import convert_pairs, is_pairs
-    from cemiface.records import find_record
+    from cemiface.records import LIST_SUFFIXES, find_record
     if target.suffix == ".bin" or is_pairs(source):
         if size or to or strict: raise ValueError("pairs keep every image byte for byte: --size, --to and --strict are for labelled sets")
         return typer.echo(f"{convert_pairs(source, target, progress=True)}, in {target}")
-    to = to or ("list" if target.suffix in (".txt", ".csv", ".tsv", ".lst") else "folder" if find_record(source) else "records")
+    to = to or ("list" if target.suffix in LIST_SUFFIXES else "folder" if find_record(source) else "records")
     made = convert(source, target, to, size, strict, progress=True)
-    for line in made.skipped: typer.secho(f"left out: {line}", fg="yellow", err=True)
+    say_left_out(made.skipped)
     typer.echo(f"{len(made)} images of {len(made.subjects)} subjects are in {target}" + (f"; {len(made.skipped)} were left out" if made.skipped else ""))
 
 # %% ../nbs/16_commands.ipynb #9534f628

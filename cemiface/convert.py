@@ -116,7 +116,7 @@ def left_out(
 # %% ../nbs/03_convert.ipynb #12eadb99
 def convert(
     source:str|Path|Encoded,                             # whatever `open_encoded` takes
-    out:str|Path,                                        # a new or empty folder; for "list" a file
+    out:str|Path,                                        # a new or empty folder; for "list" a new file
     to:Literal["records", "folder", "list"]="records",
     size:int|None=None,                                  # pixels a side: images of another size are resized and encoded anew
     strict:bool=False,                                   # stop at the first damaged image instead of leaving it out
@@ -125,6 +125,8 @@ def convert(
     "Write a set in another form, images byte for byte; the same call goes on after a kill. ValueError or OSError says what stands in the way."
     encoded, out = source if isinstance(source, Encoded) else open_encoded(source), Path(out)
     if to not in ("records", "folder", "list"): raise ValueError(f"to={to!r}: choose records, folder or list")
+    if not out.name: raise ValueError(f"{out}: a set is made under a name of its own: give a new folder or file")
+    if to == "list" and size: raise ValueError(f"size={size}: a list names images as they are: leave size out, or convert to records or a folder")
     if to == "list": return open_encoded(write_list(out, encoded))
     def job(i):
         try: return fitted(encoded.read(i), encoded.where(i), size), ""

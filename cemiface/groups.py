@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .convert import convert
-from .records import Encoded
+from .convert import convert, fitted
+from .records import Encoded, open_encoded
 from .style import figure_style, m_colours
 
 # %% ../nbs/08_groups.ipynb #a65f4f9b
@@ -177,6 +177,24 @@ def plot_groups(images, # uint8 [N,3,S,S], or anything that an index tensor turn
         ax.set_title(f"group {g}: mean {mean:.2f}", color="white", backgroundcolor=colour)
     return fig
 
+# %% ../nbs/08_groups.ipynb #cd33cb5d
+def _same_images(a:Encoded, b:Encoded)->bool:
+    "Does b hold the bytes that `convert` makes of a, in the same order within each subject, under the same names?"
+    if a.subjects != b.subjects or not torch.equal(a.labels.bincount(), b.labels.bincount()): return False
+    def written(i): return fitted(data, a.where(i), None) if (data := a.read(i))[:3] == b"GIF" else data       # as `convert` writes it
+    pairs = zip(a.labels.argsort(stable=True).tolist(), b.labels.argsort(stable=True).tolist())
+    return all(written(i) == b.read(j) for i, j in pairs)
+
+def _already(part:Encoded, # a group
+    place:Path, # the folder it belongs into
+)->Encoded|None: # None: nothing is there
+    "The group as it stands in `place`. FileExistsError if something else does."
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())): return None
+    try: found = open_encoded(place)
+    except (ValueError, OSError): found = None                  # no set at all
+    if found is None or not _same_images(part, found): raise FileExistsError(f"{place} holds something else than this group: choose a new folder, or remove it")
+    return found
+
 # %% ../nbs/08_groups.ipynb #11c03245
 def write_groups(encoded:Encoded, # the set, from `open_encoded`
     groups:Tensor|np.ndarray, # [N] group of each image, 0 = most similar
@@ -184,14 +202,16 @@ def write_groups(encoded:Encoded, # the set, from `open_encoded`
     to:Literal["list", "records", "folder"]="list",
     progress:bool=False, # show a bar
 )->list[Encoded]: # each group as it is on disk
-    "Write every group as a set that `open_encoded` takes; images keep every byte. ValueError if a group lacks a subject."
+    "Write every group as a set that `open_encoded` takes; images keep every byte, and the same call goes on after a kill. ValueError if a group lacks a subject, FileExistsError if a place is taken."
     groups, out = torch.as_tensor(groups), Path(out)
     if len(groups) != len(encoded): raise ValueError(f"{len(groups)} groups for the {len(encoded)} images of {encoded.name}: give one group an image")
     parts = [encoded.subset(groups == g) for g in range(int(groups.max()) + 1)]
     for g, part in enumerate(parts):
         if missing := sorted(set(encoded.subjects) - set(part.subjects)):
             raise ValueError(f"group {g} has no image of subject {missing[0]}: its labels would not be those of {encoded.name}")
-    return [convert(part, out / f"group_{g}{'.txt' * (to == 'list')}", to, strict=True, progress=progress) for g, part in enumerate(parts)]
+    places = [out / f"group_{g}{'.txt' * (to == 'list')}" for g in range(len(parts))]
+    there = [None if to == "list" else _already(part, place) for part, place in zip(parts, places)]
+    return [found or convert(part, place, to, strict=True, progress=progress) for found, part, place in zip(there, parts, places)]
 
 # %% ../nbs/08_groups.ipynb #dd906d13
 def _timed_groups(folder:str, on_disk:bool, threads:int)->dict:

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .images import FORMATS, decode_image, natural_key
-from .pairs import open_pairs
+from .pairs import is_pairs, open_pairs
 from .recordio import RecordFile, read_heads
 from .records import Encoded, find_list, find_record, name_of, open_encoded, read_list
 
@@ -36,6 +36,8 @@ RULES = {
     "unreadable": ("error", "cannot be decoded: replace or remove it"),
     "two subjects": ("error", "the same bytes under two subjects: remove the image from one of them, or from both"),
     "contradiction": ("error", "two images are said to be one person and two: correct the list of pairs"),
+    "one kind": ("error", "all pairs are of one person, or all of two: an accuracy on them says nothing, add pairs of the other kind"),
+    "few pairs": ("error", "fewer than the protocol's ten folds: it cannot be run, add pairs"),
     "list labels": ("warning", "the record file itself has one label throughout; other readers need the list too"),
     "label gaps": ("warning", "numbers that no image has: classes that are never seen, or images that are missing"),
     "string-sorted": ("warning", "labels follow names sorted as text (10 before 2): stored class centres may belong to others"),
@@ -279,8 +281,9 @@ def lint_pairs(
     number = number.reshape(-1)
     again, opposed, original = copies(number, same)
     def both(i): return f"pairs {original(i)} and {i}, from 0"
-    even = 2*same.sum() == len(same)
-    found = {"repeated pair": first(again, both), "contradiction": first(opposed, both), "uneven kinds": (int(not even), [f"{same.sum()} of {len(same)} are of one person"]),
+    kinds, one_kind, even = [f"{same.sum()} of {len(same)} are of one person"], same.all() or not same.any(), 2*same.sum() == len(same)
+    found = {"repeated pair": first(again, both), "contradiction": first(opposed, both), "few pairs": (int(len(same) < 10), [f"{len(same)} pairs"]),
+             "one kind": (int(one_kind), kinds), "uneven kinds": (int(not even and not one_kind), kinds),
              "image with itself": first(np.flatnonzero(pair[:, 0] == pair[:, 1]), lambda i: f"pair {i}, from 0: {p.where[pair[i, 0]]}")}
     return report(p.name, f"{len(p)} pairs of {len(p.images)} images", image_rules(seen, wrong, p.where.__getitem__, size) | found)
 
@@ -290,6 +293,4 @@ def lint(
     progress:bool=False,
 )->Report:
     "Look at every image of a set once and report what is wrong with it. ValueError or OSError if it cannot be opened at all."
-    path = Path(source)
-    pairs = path.suffix == ".bin" or path.name.startswith("pairs.") or any((path/f"pairs{s}").is_file() for s in (".txt", ".csv", ".tsv"))
-    return (lint_pairs if pairs else lint_set)(path, size, progress)
+    return (lint_pairs if is_pairs(source) else lint_set)(source, size, progress)

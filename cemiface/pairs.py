@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_STEPS', 'read_plain_pickle', 'PairSet', 'pair_set', 'is_pairs', 'open_pairs', 'write_bin', 'write_pairs_folder',
-           'convert_pairs', 'PairImages', 'decode_pairs', 'damaged_pairs']
+           'convert_pairs', 'PairImages', 'damaged_pairs', 'without_damaged']
 
 # %% ../nbs/02_pairs.ipynb #2989dfaf
 import codecs
@@ -13,6 +13,7 @@ import io
 import os
 import pickletools
 import struct
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
+from tqdm.auto import tqdm
 
 from .images import SUFFIXES, decode_image, write_whole
+from .recordio import part_of
 
 # %% ../nbs/02_pairs.ipynb #7f01eeac
 _DTYPES = ("u1", "b1", "i4", "i8")
@@ -165,11 +168,11 @@ def pair_set(
     name:str, # of the set
     images:Sequence[bytes], # 2P encoded images, pair i = images 2i and 2i+1
     issame:Sequence[bool], # P
-    where:Sequence[str]|None=None, # 2P names for messages; None: "image k"
+    where:Sequence[str]|None=None, # 2P names for messages; None: "NAME, image k"
 )->PairSet:
     "Collect pairs, keeping each distinct image once. ValueError unless there are two images a label."
     if not len(issame) or len(images) != 2 * len(issame): raise ValueError(f"{name}: {len(images)} images and {len(issame)} labels: there must be two images for each label, and at least one pair")
-    ids, index, where = {}, [], where or [f"image {k}" for k in range(len(images))]
+    ids, index, where = {}, [], where or [f"{name}, image {k}" for k in range(len(images))]
     by_object = {id(x): ids.setdefault(hashlib.sha256(x).digest(), len(ids)) for x in {id(x): x for x in images}.values()}
     index = [by_object[id(x)] for x in images]
     first = {u: k for k, u in reversed(list(enumerate(index)))}
@@ -198,8 +201,9 @@ def _labels(items)->list[bool]:
         if not isinstance(s, int) or s not in (0, 1): raise ValueError(f"the label of pair {i} is neither True nor False")
     return [bool(s) for s in items]
 
-def _bin_pairs(data:bytes, name:str)->PairSet:
-    "The pairs in the bytes of a `.bin`."
+def _bin_pairs(path:Path, name:str)->PairSet:
+    "The pairs in a `.bin`."
+    data = path.read_bytes()
     content = read_plain_pickle(data)
     if not isinstance(content, (tuple, list)) or len(content) != 2 or not isinstance(content[0], (tuple, list)) or not isinstance(content[1], (tuple, list, _Array)):
         raise ValueError("a plain pickle, but not one of (list of images, list of same or not)")
@@ -210,7 +214,7 @@ def _bin_pairs(data:bytes, name:str)->PairSet:
         except ValueError as e: raise ValueError(f"image {k} (pair {k // 2}) {e}") from e
         total += len(made[id(item)])
         if total > 2 * len(data): raise ValueError(f"image {k} (pair {k // 2}) is cut from bytes that other images have used: more comes out than the file holds")
-    return pair_set(name, [made[id(item)] for item in content[0]], _labels(content[1]))
+    return pair_set(name, [made[id(item)] for item in content[0]], _labels(content[1]), [f"{path}, image {k}" for k in range(len(content[0]))])
 
 # %% ../nbs/02_pairs.ipynb #e8c1d2eb
 def _photo(root:Path, subject:str, number:str)->Path:
@@ -275,7 +279,7 @@ def open_pairs(
         if not found: raise FileNotFoundError(f"{path} holds no pairs.txt or pairs.csv: give a .bin file, or a folder with a list of its pairs")
         path = found[0]
     listed = path.suffix in _LISTS
-    try: return _list_pairs(path, name) if listed else _bin_pairs(path.read_bytes(), name)
+    try: return (_list_pairs if listed else _bin_pairs)(path, name)
     except OSError as e: raise OSError(e.errno, f"could not read {e.filename or path} ({e.strerror}): check the path and its permissions") from e
     except ValueError as e: raise ValueError(f"{path}: {e}; {'correct the list' if listed else 'get the file again from its source'}") from e
 
@@ -299,28 +303,31 @@ def write_bin(
 _MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"BM": "bmp", b"RIFF": "webp", b"GIF8": "gif"}
 
 def write_pairs_folder(
-    root:str|Path, # a new or empty folder
+    root:str|Path, # a new or empty folder; it appears whole
     pairs:PairSet,
+    progress:bool=False,
 )->Path: # the folder
-    "Write images/NUMBER.SUFFIX, each image once and byte for byte, and last pairs.txt. OSError if the folder is in use."
-    root = Path(root)
-    if root.exists() and any(root.iterdir()): raise FileExistsError(f"{root} is not empty: choose a new folder, or remove what is in it")
+    "Write images/NUMBER.SUFFIX, each image once and byte for byte, and pairs.txt. OSError if the folder is in use."
+    part = part_of(root, resume=False)
     suffix = [next((s for m, s in _MAGIC.items() if x.startswith(m)), "img") for x in pairs.images]
     names = [f"images/{u:06d}.{s}" for u, s in enumerate(suffix)]
-    for name, image in zip(names, pairs.images): write_whole(root / name, image)
+    for name, image in zip(tqdm(names, desc="writing", disable=not progress), pairs.images): write_whole(part / name, image)
     lines = [f"{names[a]} {names[b]} {int(s)}\n" for (a, b), s in zip(pairs.index.view(-1, 2).tolist(), pairs.issame.tolist())]
-    write_whole(root / "pairs.txt", "".join(lines).encode())
-    return root
+    write_whole(part / "pairs.txt", "".join(lines).encode())
+    return part.rename(root)
 
 # %% ../nbs/02_pairs.ipynb #42076a4d
 def convert_pairs(
     source:str|Path, # what `open_pairs` reads
-    target:str|Path, # NAME.bin, or a new folder
+    target:str|Path, # a new NAME.bin, or a new folder
+    progress:bool=False,
 )->PairSet: # what was written
-    "Turn a `.bin` into a folder with a pairs file or the other way round; images keep every byte."
+    "Turn a `.bin` into a folder with a pairs file or the other way round; images keep every byte. FileExistsError if the target is there."
+    packed = Path(target).suffix == ".bin"
+    if packed and Path(target).exists(): raise FileExistsError(f"{target} is there already: choose another name, or remove it")
     pairs = open_pairs(source)
-    if Path(target).suffix == ".bin": write_bin(target, pairs.encoded(), pairs.issame.tolist())
-    else: write_pairs_folder(target, pairs)
+    if packed: write_bin(target, pairs.encoded(), pairs.issame.tolist())
+    else: write_pairs_folder(target, pairs, progress)
     return pairs
 
 # %% ../nbs/02_pairs.ipynb #95468400
@@ -344,27 +351,31 @@ class PairImages:
 
     def one(self, u:int)->Tensor: # uint8 [3,S,S]
         "Decode image u. ValueError names it and the pairs that show it."
-        try: return decode_image(self.pairs.images[u], f"{self.pairs.name}, {self.pairs.where[u]}", self.size)
+        try: return decode_image(self.pairs.images[u], self.pairs.where[u], self.size)
         except ValueError as e:
             hit = ((self.pairs.index.view(-1, 2) == u).any(1)).nonzero().flatten().tolist()
-            raise ValueError(f"{e}, and with it pairs {hit}, by without({hit})") from e
+            raise ValueError(f"{str(e).removesuffix(', or remove it')}, or leave out the pairs that show it, {hit}: --skip-damaged on the command line, without_damaged(pairs) in Python") from e
 
 # %% ../nbs/02_pairs.ipynb #bbbd5670
-def decode_pairs(
-    pairs:PairSet,
-    size:int|None=None, # pixels a side; None: as stored
-    threads:int=4,
-)->Tensor: # uint8 RGB [U,3,S,S], one row a distinct image
-    "Decode every distinct image; `[pairs.index]` then gives the field's order. ValueError names an image that cannot be decoded and its pairs."
-    return PairImages(pairs, size, threads)[torch.arange(len(pairs.images))]
-
 def damaged_pairs(
     pairs:PairSet,
     threads:int=4,
-)->dict: # pair -> what is wrong
-    "Look for all pairs with an image that cannot be decoded, for `PairSet.without`."
+)->dict[int, str]: # pair -> what is wrong, in the order of pairs
+    "Look for all pairs with an image that cannot be decoded."
     def wrong(u):
         try: decode_image(pairs.images[u], pairs.where[u])
-        except ValueError as e: return str(e)
-    with ThreadPoolExecutor(threads) as pool: why = dict(enumerate(pool.map(wrong, range(len(pairs.images)))))
-    return {k // 2: why[u] for k, u in reversed(list(enumerate(pairs.index.tolist()))) if why[u]}
+        except ValueError as e: return str(e).removesuffix(", or remove it")
+    with ThreadPoolExecutor(threads) as pool: why = list(pool.map(wrong, range(len(pairs.images))))
+    return {i: why[a] or why[b] for i, (a, b) in enumerate(pairs.index.view(-1, 2).tolist()) if why[a] or why[b]}
+
+def without_damaged(
+    pairs:PairSet,
+    threads:int=4,
+)->PairSet: # the same one if nothing is damaged
+    "Leave out all pairs with an image that cannot be decoded, with a warning that names them. ValueError if no pair is left."
+    damaged = damaged_pairs(pairs, threads)
+    if not damaged: return pairs
+    if len(damaged) == len(pairs): raise ValueError(f"{pairs.name}: all {len(pairs)} pairs are damaged, the first: {damaged[0]}")
+    why = list(dict.fromkeys(damaged.values()))
+    warnings.warn(f"{pairs.name}: {len(damaged)} of {len(pairs)} pairs are left out, {[*damaged]}: {'; '.join(why[:3])}{'; ...' * (len(why) > 3)}", stacklevel=2)
+    return pairs.without(damaged)

@@ -127,8 +127,12 @@ def find_index(
     try:
         keys, offsets = read_index(idx)
         heads = read_heads(f, offsets)
-        why = "" if (heads["magic"] == MAGIC).mean() > .5 else "belongs to another file"
+        within, found = (offsets >= 0) & (offsets <= size-8), heads["magic"] == MAGIC
+        why = "" if found.sum() > .5*within.sum() else "belongs to another file"
     except (OSError, ValueError) as e: why = e.strerror if isinstance(e, OSError) else str(e)
+    if not why and (offsets > size-8).any():
+        whole = (found & (offsets+8+(heads["word"] & LONGEST) <= size)).sum()
+        warnings.warn(f"{path}: cut off: {whole} of {len(keys)} records are whole: copy it again")
     if why:
         offsets = scan_records(f)
         if not len(offsets): raise ValueError(f"{path}: no record in its {size} bytes: not a record file, or damaged: copy it again")
@@ -147,7 +151,8 @@ def pick_images(
     "Leave out the header record and those of identities: images are 1 to before label[0] of record 0, or all where record 0 is an image."
     empty = heads["word"] == 24+4*heads["flag"].astype(np.int64)
     if keys[0] != 0 or not empty[0] or not heads["flag"][0]: return np.ones(len(keys), bool), ""
-    end, there = float(heads["first"][0]), (keys > 0) & ~empty
+    end = float(heads["first"][0])
+    there = (keys > 0) & ~empty & ((keys < end) | (heads["magic"] == MAGIC))     # identities that cannot be read are no images
     says = "" if end-1 == there.sum() else f"its header promises {end-1:.0f} images, {there.sum()} are there"
     images = (keys > 0) & (keys < end)
     return (images if images.any() else there), says
@@ -218,7 +223,7 @@ class RecordWriter:
         size:int=112,                      # pixels a side, for `property`
         resume:bool=False,                 # keep the `done` images of a writer that was killed
     ):
-        if any("\n" in name for name in subjects or []): raise ValueError(f"{folder}: a subject's name has a line break: rename it")
+        if any("\n" in name or "\r" in name for name in subjects or []): raise ValueError(f"{folder}: a subject's name has a line break: rename it")
         self.folder, self.part, self.subjects, self.size = Path(folder), part_of(folder, resume), subjects, size
         self.f = open(self.part/"train.rec", "r+b" if (self.part/"train.rec").exists() else "w+b")
         offsets = scan_records(self.f)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIVE', 'CASIA_AVG', 'pair_distances', 'Verification', 'verify_distances', 'verify', 'reference_verification',
-           'bootstrap_ci', 'plot_cosines', 'plot_verification', 'verify_sets', 'results_table', 'evaluate',
-           'over_seeds', 'bench_verification']
+           'bootstrap_ci', 'plot_cosines', 'plot_verification', 'check_sets', 'verify_sets', 'results_table',
+           'evaluate', 'over_seeds', 'bench_verification']
 
 # %% ../nbs/07_verification.ipynb #5652fb9d
 import time
@@ -45,6 +45,10 @@ def _fold_index(pairs:int, # number of pairs P
     "Contiguous folds in file order; the first P mod folds of them hold one pair more. ValueError if there are fewer pairs than folds."
     if not 2 <= folds <= pairs: raise ValueError(f"{pairs} pairs cannot be cut into {folds} folds: give at least 2 folds and one pair for each")
     return np.repeat(np.arange(folds), pairs // folds + (np.arange(folds) < pairs % folds))
+
+def _check_kinds(issame:np.ndarray): # [P] bool
+    "ValueError unless there are same and different pairs."
+    if issame.all() or not issame.any(): raise ValueError(f"all {len(issame)} pairs are of one kind: verification needs same and different pairs")
 
 # %% ../nbs/07_verification.ipynb #ffdcf5ef
 def _accept_counts(distance:np.ndarray, # [P]
@@ -120,7 +124,7 @@ def verify_distances(distance:np.ndarray, # [P] squared distances
 )->Verification:
     "The 10-fold protocol on given distances. ValueError unless both kinds of pairs are there, one label for each."
     if len(issame) != len(distance): raise ValueError(f"{len(distance)} pairs but {len(issame)} labels: give one label a pair")
-    if issame.all() or not issame.any(): raise ValueError(f"all {len(issame)} pairs are of one kind: verification needs same and different pairs")
+    _check_kinds(issame)
     fold = _fold_index(len(issame), folds)
     threshold = _accuracy_thresholds(distance, issame, fold)
     correct = (distance < threshold[fold]) == issame
@@ -215,6 +219,25 @@ def plot_verification(results:dict, # name -> Verification
     roc.set(xscale="log", xlim=(step / 10, 1), ylim=(0, 1.02), xlabel="false accept rate", ylabel="true accept rate", title="ROC; shaded: less than one pair")
     return fig
 
+# %% ../nbs/07_verification.ipynb #4cbd4c91
+def check_sets(benchmarks:dict|Iterable[PairSet], # as in `verify_sets`
+)->dict: # name -> benchmark
+    "Benchmarks by their names; nothing is decoded. ValueError names the one with fewer pairs than folds or with one kind only, or the two of one name."
+    if not isinstance(benchmarks, dict):
+        named = {}
+        for p in benchmarks:
+            if p.name in named: raise ValueError(f"two sets are called {p.name}, one with {named[p.name].where[0]} and one with {p.where[0]}: rename one")
+            named[p.name] = p
+        benchmarks = named
+    if not benchmarks: raise ValueError("no benchmark given: give at least one set of pairs")
+    for name, bench in benchmarks.items():
+        issame = np.asarray(bench.issame if isinstance(bench, PairSet) else bench[1], bool)
+        try:
+            _check_kinds(issame)
+            _fold_index(len(issame))
+        except ValueError as e: raise ValueError(f"{name}: {e}") from e
+    return benchmarks
+
 # %% ../nbs/07_verification.ipynb #3b81a875
 def _set_embeddings(model, bench, **how)->tuple: # Tensor [2P,D], bool [P]
     "Embeddings of a benchmark in the order of its pairs."
@@ -230,15 +253,13 @@ def verify_sets(model:torch.nn.Module, # recogniser: [B,3,S,S] in [-1,1] -> [B,D
     progress:bool=False, # show a bar
     precision:Literal["no", "bf16"]="no", # of the network, as in `embed`
 )->dict[str, Verification]: # by name
-    "Verification of a model on every benchmark. ValueError if there is none, or two of one name."
-    if not isinstance(benchmarks, dict):
-        benchmarks = list(benchmarks)
-        names = [p.name for p in benchmarks]
-        if len(set(names)) < len(names): raise ValueError(f"two of the sets {', '.join(names)} have one name: pass a dict of name -> set")
-        benchmarks = dict(zip(names, benchmarks))
-    if not benchmarks: raise ValueError("no benchmark given: pass a dict of name -> (images, issame)")
-    how = dict(batch_size=batch_size, device=device, progress=progress, precision=precision)
-    return {name: verify(*_set_embeddings(model, b, **how)) for name, b in benchmarks.items()}
+    "Verification of a model on every benchmark. ValueError as `check_sets`, or if embeddings are not finite, names the set."
+    results, how = {}, dict(batch_size=batch_size, device=device, progress=progress, precision=precision)
+    for name, bench in check_sets(benchmarks).items():
+        emb, issame = _set_embeddings(model, bench, **how)
+        try: results[name] = verify(emb, issame)
+        except ValueError as e: raise ValueError(f"{name}: {e}") from e
+    return results
 
 # %% ../nbs/07_verification.ipynb #7f1326d8
 FIVE = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")      # InsightFace's names of the paper's benchmarks
@@ -277,13 +298,14 @@ def over_seeds(tables:list[pd.DataFrame], # of `evaluate`, one a seed
     column:str="accuracy",
     level:float=.95, # of the interval
 )->pd.DataFrame: # one row a set; columns mean, std, ci_low, ci_high, seeds
-    "Mean over seeds with Student's t interval. ValueError on fewer than two tables or on tables of different sets."
+    "Mean over seeds with Student's t interval, within 0 and 100 where it is of a rate. ValueError on fewer than two tables or on tables of different sets."
     if len(tables) < 2: raise ValueError("an interval over seeds needs the tables of at least two seeds")
     if any(list(t.index) != list(tables[0].index) for t in tables): raise ValueError("the tables are of different sets: evaluate all seeds on the same ones")
     values = pd.concat([t[column] for t in tables], axis=1).astype(float)
     mean, std, n = values.mean(axis=1), values.std(axis=1, ddof=1), len(tables)
     half = stats.t.ppf((1 + level) / 2, n - 1) * std / n ** .5
-    return pd.DataFrame(dict(mean=mean, std=std, ci_low=mean - half, ci_high=mean + half, seeds=n))
+    ends = (0, 100) if column.startswith(("accuracy", "auc", "tar@")) else (-np.inf, np.inf)
+    return pd.DataFrame(dict(mean=mean, std=std, ci_low=(mean - half).clip(*ends), ci_high=(mean + half).clip(*ends), seeds=n))
 
 # %% ../nbs/07_verification.ipynb #cab5d873
 def bench_verification(pairs:int=7000, # of CFP-FP

@@ -346,6 +346,19 @@ def test_import_leaves_an_existing_recogniser_alone(small, tmp_path):
     assert again.source == load_checkpoint(tmp_path / "a.pth").source | {"sha256": hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()}
 
 
+@pytest.mark.parametrize("left", ["centres.safetensors", "history.csv", "model/config.json", ".note"])
+def test_import_takes_over_nothing_that_lies_in_the_folder(small, left, tmp_path):
+    "Centres or a history of another network would be read as this one's."
+    path = saved(tmp_path / "a.pth", small["InsightFace"])
+    (tmp_path / "out" / left).parent.mkdir(parents=True)
+    (tmp_path / "out" / left).write_bytes(b"old")
+    with pytest.raises(FileExistsError, match="out is not empty: choose a new folder"): import_recogniser(path, tmp_path / "out")
+    assert [p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()] == [left]
+    with pytest.raises(FileExistsError, match="a.pth is not empty"): import_recogniser(path, path)
+    (tmp_path / "empty").mkdir()
+    assert load_recogniser(import_recogniser(path, tmp_path / "empty")).centres is None
+
+
 @pytest.mark.parametrize("shortcut,se,normalise", [("conv", False, False), ("pool", True, True)])
 def test_onnx_gives_the_same(shortcut, se, normalise, tmp_path, capfd):
     onnxruntime = pytest.importorskip("onnxruntime")

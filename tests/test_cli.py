@@ -1,6 +1,7 @@
 "The command line on a user's own folder of JPEGs, errors included."
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -95,6 +96,32 @@ def test_verify_own_folder(folder, model, tmp_path):
     assert "sets" in error(2, "verify", "--model", model, "--data", folder, "--sets", "lfw.bin")
 
 
+def test_each_image_of_drawn_pairs_is_embedded_once(folder, model, monkeypatch):
+    import cemiface.recognition as r
+    seen, embed = [], r.embed
+    monkeypatch.setattr(r, "embed", lambda net, images, *a, **k: seen.append(len(images)) or embed(net, images, *a, **k))
+    ok("verify", "--model", model, "--data", folder, "--pairs", 400)
+    assert len(seen) == 1 and seen[0] <= 32
+
+
+def test_small_subjects_are_left_out_by_name(folder, model, tmp_path):
+    few = tmp_path / "few"
+    shutil.copytree(folder, few)
+    (few / "lonely").mkdir(), shutil.copy(few / "person 0" / "0.jpg", few / "lonely")
+    said = run("verify", "--model", model, "--data", few, "--pairs", 40)
+    assert said.exit_code == 0 and "left out: subject lonely with 1 image" in said.stderr
+    assert "32 images of 4 subjects" in ok("groups", "--data", few, "--model", model, "--n-groups", 4, "--out", tmp_path / "g")
+    assert "subjects have fewer than 2 images" in error(2, "verify", "--model", model, "--data", few, "--strict")
+    assert "subjects have fewer than 20 images" in error(2, "groups", "--data", few, "--model", model, "--n-groups", 20, "--out", tmp_path / "h")
+
+
+def test_the_same_folder_by_another_path_goes_on(folder, model, tmp_path, monkeypatch):
+    words = ("--model", model, "--n-groups", 4, "--out", tmp_path / "g")
+    ok("groups", "--data", folder, *words)
+    monkeypatch.chdir(folder.parent)
+    ok("groups", "--data", f"./{folder.name}", *words)
+
+
 @pytest.fixture(scope="module")
 def bins(folder, tmp_path_factory):
     "Two verification files of the folder's faces: twenty pairs each, one image in several."
@@ -114,6 +141,24 @@ def test_verify_bin_files(model, bins, tmp_path):
     assert (table.ci_low <= table.accuracy).all() and (table.accuracy <= table.ci_high).all()
     assert Image.open(tmp_path / "out" / "verification.png").size[0] > 300
     assert "nowhere.bin" in error(2, "verify", "--model", model, "--sets", "nowhere.bin")
+    assert "names no set" in error(2, "verify", "--model", model, "--sets", "")
+
+
+def test_sets_are_checked_before_a_training(folder, bins, tmp_path):
+    lfw, out = bins.split(",")[0], tmp_path / "m"
+    pairs = open_pairs(lfw)
+    write_bin(tmp_path / "one.bin", pairs.encoded()[:4], [True, False])
+    bad = pairs.encoded()
+    bad[6] = b"junk"
+    write_bin(tmp_path / "bad.bin", bad, pairs.issame.tolist())
+    (tmp_path / "other").mkdir(), shutil.copy(lfw, tmp_path / "other")
+    for sets, says in ((tmp_path / "one.bin", "one"), (f"{lfw},{tmp_path}/other/lfw.bin", "lfw")):
+        assert says in error(2, "train-recogniser", "--data", folder, "--out", out, "--sets", sets, *TINY)
+    assert not out.exists()
+    said = run("verify", "--model", "shipped", "--sets", tmp_path / "bad.bin")
+    assert said.exit_code == 2 and "--skip-damaged" in said.output
+    said = run("verify", "--model", "shipped", "--sets", tmp_path / "bad.bin", "--skip-damaged")
+    assert said.exit_code == 0 and "19" in said.stdout
 
 
 def test_verify_several_seeds(folder, model, bins, tmp_path):
@@ -252,7 +297,7 @@ def test_subject_with_one_image(model, tmp_path):
     (data / "alone.jpg").rename(data / "alone" / "0.jpg")
     for words in (("train-recogniser", "--data", data, "--out", tmp_path / "a", *TINY), ("groups", "--data", data, "--model", model, "--out", tmp_path / "b"),
                   ("verify", "--data", data, "--model", model)):
-        assert "alone (1)" in error(2, *words)
+        assert "subject alone with 1 image" in error(2, *words, "--strict")
 
 
 def test_unreadable_image_is_named(tmp_path):

@@ -153,6 +153,43 @@ def test_written_groups_hold_the_same_bytes_under_the_same_labels(tmp_path, whol
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
+@pytest.mark.parametrize("to", ["list", "records", "folder"])
+def test_the_same_call_finishes_what_a_killed_one_began(tmp_path, whole, to, monkeypatch):
+    import cemiface.groups as module
+    groups, made = torch.arange(18) % 3, []
+    plain = module.convert
+    def killed(part, place, *args, **kw):
+        if len(made) == 2: raise KeyboardInterrupt
+        made.append(place.name)
+        return plain(part, place, *args, **kw)
+    monkeypatch.setattr(module, "convert", killed)
+    with pytest.raises(KeyboardInterrupt): write_groups(whole, groups, tmp_path / "out", to)
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "out").rglob("*") if p.is_file() and to != "list"}
+    monkeypatch.setattr(module, "convert", plain)
+    for _ in range(2):
+        found = write_groups(whole, groups, tmp_path / "out", to)
+        assert [sorted(part.read(i) for i in range(6)) for part in found] == [sorted(whole.read(i) for i in range(18) if groups[i] == g) for g in range(3)]
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in before} == before
+
+
+@pytest.mark.parametrize("to", ["list", "records", "folder"])
+def test_groups_of_other_images_are_left_alone(tmp_path, whole, to):
+    groups = torch.arange(18) % 3
+    write_groups(whole, groups, tmp_path / "out", to)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    swapped, renamed = torch.tensor([0, 2, 1])[groups], open_encoded(tmp_path / "faces")
+    renamed.subjects[0] = "1"
+    for other, g in ((whole, swapped), (renamed, groups)):
+        with pytest.raises(FileExistsError, match="group_[01].* holds something else.*: choose"): write_groups(other, g, tmp_path / "out", to)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+def test_a_place_that_holds_no_set_is_left_alone(tmp_path, whole):
+    write_whole(tmp_path / "out" / "group_2" / "notes.txt", b"mine")
+    with pytest.raises(FileExistsError, match="group_2 holds something else than this group"): write_groups(whole, torch.arange(18) % 3, tmp_path / "out", "folder")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["group_2"]           # told before anything is written
+
+
 def test_groups_that_would_change_labels_are_refused(tmp_path, whole):
     groups = torch.arange(18) % 3
     groups[:6] = 0                                                                 # subject 2 in the first group only

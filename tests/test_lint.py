@@ -92,13 +92,23 @@ def test_each_hostile_image_is_counted_and_named_and_nothing_else(tmp_path, form
 
 
 def test_verification_pairs_with_hostile_images(tmp_path):
-    images = [encode_image(skin(i)) for i in range(8)]
-    write_bin(tmp_path/"clean.bin", images, [True, False]*2)
+    images = [encode_image(skin(i)) for i in range(20)]
+    write_bin(tmp_path/"clean.bin", images, [True, False]*5)
     assert found(tmp_path/"clean.bin") == {}
     bad = [*images, HOSTILE["cut jpg"], images[0], HOSTILE["bomb"], GREY["grey"]]
-    write_bin(tmp_path/"bad.bin", bad, [True, False]*3)
+    write_bin(tmp_path/"bad.bin", bad, [True, False]*6)
     assert found(tmp_path/"bad.bin") == {"unreadable": 2, "grey": 1}
-    assert lint(tmp_path/"bad.bin").status() == 1
+    report = lint(tmp_path/"bad.bin")
+    example = report.table.set_index("rule").example
+    assert report.status() == 1 and f"{tmp_path/'bad.bin'}, image 20: damaged" in example["unreadable"] and example["grey"] == f"{tmp_path/'bad.bin'}, image 23"
+
+
+@pytest.mark.parametrize("same, rules", [([True]*10, {"one kind": 1}), ([False]*12, {"one kind": 1}), ([True]*9, {"one kind": 1, "few pairs": 1}),
+                                         ([True, False]*4+[True], {"few pairs": 1, "uneven kinds": 1}), ([True]*9+[False], {"uneven kinds": 1})])
+def test_pairs_on_which_nothing_can_be_measured(tmp_path, same, rules):
+    write_bin(tmp_path/"x.bin", [encode_image(skin(i)) for i in range(2*len(same))], same)
+    assert found(tmp_path/"x.bin") == rules
+    assert lint(tmp_path/"x.bin").ok == (rules == {"uneven kinds": 1})
 
 
 def test_a_damaged_record_file(tmp_path):

@@ -11,13 +11,18 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from cemiface.images import encode_image
-from cemiface.pairs import (convert_pairs, damaged_pairs, decode_pairs, open_pairs, pair_set, PairImages, read_plain_pickle, write_bin,
+from cemiface.pairs import (convert_pairs, damaged_pairs, open_pairs, pair_set, PairImages, read_plain_pickle, without_damaged, write_bin,
                             write_pairs_folder)
 from cemiface import pairs as module
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
 PNGS = [encode_image(torch.from_numpy(p).permute(2, 0, 1)) for p in PIXELS]
 SAME = [True, False]
+
+
+def decoded(pairs, size=None):
+    "Every distinct image."
+    return PairImages(pairs, size)[torch.arange(len(pairs.images))]
 
 
 def opened(tmp_path, data:bytes):
@@ -34,7 +39,7 @@ def opened(tmp_path, data:bytes):
 def test_every_protocol_and_form(tmp_path, protocol, images, same):
     p = opened(tmp_path, pickle.dumps((images, same), protocol))
     assert p.issame.tolist() == SAME and p.issame.dtype == torch.bool and p.index.tolist() == [0, 1, 2, 3]
-    assert np.array_equal(decode_pairs(p).permute(0, 2, 3, 1).numpy(), PIXELS)
+    assert np.array_equal(decoded(p).permute(0, 2, 3, 1).numpy(), PIXELS)
     if isinstance(images[0], bytes): assert p.images == PNGS and p.name == "x" and len(p) == 2
 
 
@@ -68,7 +73,7 @@ def test_arrays_of_python_2(tmp_path, protocol):
         data = b"\x80\x02](" + array + array + b"e](\x88e\x86."
     expected = np.frombuffer(raw, np.uint8).reshape(8, 8, 3)
     p = opened(tmp_path, data)
-    assert len(p.images) == 1 and p.index.tolist() == [0, 0] and np.array_equal(decode_pairs(p)[0].permute(1, 2, 0), expected)
+    assert len(p.images) == 1 and p.index.tolist() == [0, 0] and np.array_equal(decoded(p)[0].permute(1, 2, 0), expected)
 
 
 def test_more_pairs_than_one_batch_of_a_pickle(tmp_path):
@@ -227,20 +232,65 @@ def test_other_lists(tmp_path):
 def test_a_damaged_image_is_never_passed_over(tmp_path):
     data = PNGS[3][:100]
     p = pair_set("x", [PNGS[0], PNGS[1], data, PNGS[2], PNGS[0], data], [True, False, True])
-    with pytest.raises(ValueError, match=r"x, image 2: .*pairs \[1, 2\], by without\(\[1, 2\]\)"): decode_pairs(p)
-    assert sorted(damaged_pairs(p)) == [1, 2] and "image 2" in damaged_pairs(p)[1]
-    left = p.without(damaged_pairs(p))
+    with pytest.raises(ValueError, match=r"^x, image 2: .*copy it again, or leave out the pairs that show it, \[1, 2\]: --skip-damaged on the command line, without_damaged\(pairs\) in Python$"): decoded(p)
+    assert list(damaged_pairs(p)) == [1, 2] and damaged_pairs(p)[1].startswith("x, image 2: ")
+    with pytest.warns(UserWarning, match=r"^x: 2 of 3 pairs are left out, \[1, 2\]: x, image 2: damaged[^;]*$"): left = without_damaged(p)
     assert left.name == "x without 2 pairs" and left.encoded() == PNGS[:2] and left.issame.tolist() == [True]
-    assert decode_pairs(left).shape == (2, 3, 16, 16)
+    assert decoded(left).shape == (2, 3, 16, 16)
+    assert without_damaged(left) is left
     for bad in (-1, 3):
         with pytest.raises(ValueError, match="numbered 0 to 2"): p.without([bad])
+    with pytest.raises(ValueError, match="x: all 1 pairs are damaged, the first: x, image 1: an empty file"): without_damaged(pair_set("x", [PNGS[0], b""], [True]))
+
+
+def test_a_damaged_image_of_a_file_is_found_by_the_files_name(tmp_path):
+    write_bin(tmp_path / "lfw.bin", [*PNGS[:3], b"cut"], SAME)
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'lfw.bin'}, image 3: not one of"): decoded(open_pairs(tmp_path / "lfw.bin"))
+    convert_pairs(tmp_path / "lfw.bin", tmp_path / "folder")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'folder' / 'images' / '000003.img'}: not one of"): decoded(open_pairs(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])                                          # at the first image, within, at the list
+def test_a_folder_appears_whole_and_is_begun_anew_after_a_kill(tmp_path, monkeypatch, at):
+    write_bin(tmp_path / "a.bin", PNGS, SAME)
+    written = []
+    def killed(path, data):
+        if len(written) == at: raise KeyboardInterrupt
+        written.append(path)
+        return module_write(path, data)
+    module_write = module.write_whole
+    monkeypatch.setattr(module, "write_whole", killed)
+    with pytest.raises(KeyboardInterrupt): convert_pairs(tmp_path / "a.bin", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists() and len(written) == at
+    monkeypatch.setattr(module, "write_whole", module_write)
+    (tmp_path / ".folder.part" / "images").mkdir(exist_ok=True)
+    (tmp_path / ".folder.part" / "images" / "999999.png").write_bytes(b"of another set")
+    convert_pairs(tmp_path / "a.bin", tmp_path / "folder")
+    assert open_pairs(tmp_path / "folder").encoded() == PNGS
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "folder"] and len(list((tmp_path / "folder" / "images").iterdir())) == 4
+
+
+def test_nothing_that_is_there_is_overwritten(tmp_path):
+    write_bin(tmp_path / "a.bin", PNGS, SAME)
+    (tmp_path / "b.bin").write_bytes(b"precious")
+    for target in ("a.bin", "b.bin"):
+        with pytest.raises(FileExistsError, match=f"{target} is there already: choose another name"): convert_pairs(tmp_path / "a.bin", tmp_path / target)
+    assert (tmp_path / "b.bin").read_bytes() == b"precious" and open_pairs(tmp_path / "a.bin").encoded() == PNGS
+
+
+def test_progress_is_shown_when_asked_for(tmp_path, capsys):
+    write_bin(tmp_path / "a.bin", PNGS, SAME)
+    convert_pairs(tmp_path / "a.bin", tmp_path / "quiet")
+    assert capsys.readouterr().err == ""
+    convert_pairs(tmp_path / "a.bin", tmp_path / "loud", progress=True)
+    assert "4/4" in capsys.readouterr().err
 
 
 def test_images_of_any_size_need_one_said(tmp_path):
     small = encode_image(torch.zeros(3, 9, 12, dtype=torch.uint8))
     p = pair_set("x", [PNGS[0], small], [True])
-    with pytest.raises(ValueError, match="12 x 9 and 16 x 16 pixels: give one size="): decode_pairs(p)
-    assert decode_pairs(p, size=16).shape == (2, 3, 16, 16)
-    with pytest.raises(ValueError, match="12 x 9"): decode_pairs(pair_set("x", [small, small], [True]))
+    with pytest.raises(ValueError, match="12 x 9 and 16 x 16 pixels: give one size="): decoded(p)
+    assert decoded(p, size=16).shape == (2, 3, 16, 16)
+    with pytest.raises(ValueError, match="12 x 9"): decoded(pair_set("x", [small, small], [True]))
     lazy = PairImages(pair_set("x", PNGS, SAME), threads=2)
     assert len(lazy) == 4 and np.array_equal(lazy[torch.tensor([2, 0, 2])].permute(0, 2, 3, 1).numpy(), PIXELS[[2, 0, 2]])

@@ -10,9 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from cemiface.convert import bench_records, convert, left_out
-from cemiface.images import decode_image, encode_image, write_folder
+from cemiface.images import decode_image, encode_image, natural_key, write_folder
+from cemiface.lint import lint
 from cemiface.recordio import MAGIC, RecordFile, RecordWriter, pack_image, pack_record, read_payload, scan_records
-from cemiface.records import open_encoded, write_list
+from cemiface.records import Encoded, Files, open_encoded, write_list
 
 WORD = struct.pack("<I", MAGIC)
 SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -203,7 +204,7 @@ def test_index_file_selects_from_another_set(tmp_path, faces, kind):
 
 
 HOSTILE_LISTS = {"": "names no image", "# source: x\n": "names no image", "a/1.jpg\t\n": "subject ''", "a/1.jpg\tnan\n": "subject 'nan'", "a/1.jpg\t-1\n": "subject '-1'",
-                 "a/1.jpg\t1\na/2.jpg\n": "line 2", "my photos/1.jpg 2\na/1.jpg 1\nb\n": "line 3", "1\t2\n": "holds no record file", "1.jpg\n": "subject ''", "b/9.jpg\t1\n": "there is no"}
+                 "a/1.jpg\t1\na/2.jpg\n": "line 2", "my photos/1.jpg 2\na/1.jpg 1\nb\n": "line 2.*put tabs", "1\t2\n": "holds no record file", "1.jpg\n": "subject ''", "b/9.jpg\t1\n": "there is no"}
 
 @pytest.mark.parametrize("text", HOSTILE_LISTS)
 def test_hostile_lists(tmp_path, text):
@@ -223,6 +224,89 @@ def test_list_that_names_missing_records(tmp_path):
     with pytest.raises(ValueError, match="none.txt.*record 77.*nor any other"): open_encoded(folder/"none.txt")
     (folder/"odd.txt").write_text("1.5\tx\nb\ty\n")
     with pytest.raises(ValueError, match="odd.txt.*keys of train.rec"): open_encoded(folder/"odd.txt")
+
+
+names = st.one_of(st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=8), st.from_regex(r"[0-9]{1,3}(\.0*)?", fullmatch=True),
+                  st.sampled_from(["#1", "# 2", "# source: x", "nan", "NaN", "-1", "-dash", "a,comma", '"quoted"', "my subj", " ", "a ", " a", "ünï", "\ufeffa", "b\\c", "k.jpg", "a\tb", "a\rb", "a\nb", "\x0b", "\u2028", "\udcff"]))
+
+@SLOW
+@given(st.lists(names, min_size=2, max_size=6, unique=True), st.sampled_from(["folder", "record"]), st.data())
+def test_a_written_list_reads_back_or_is_refused(tmp_path_factory, subjects, kind, data):
+    tmp = tmp_path_factory.mktemp("n")
+    subjects = sorted(subjects, key=natural_key)
+    labels = torch.tensor(data.draw(st.permutations([*range(len(subjects))]*2)))
+    if kind == "folder": store = Files(tmp/"a set", [f"{subjects[k]}/{i}.jpg" for i, k in enumerate(labels.tolist())])
+    else: store = RecordFile(loose(tmp/"set", [pack_image(b"%d" % i, k, i) for i, k in enumerate(labels.tolist())])/"train.rec")
+    whole = Encoded("whole", labels, subjects, store, np.arange(len(labels)))
+    refused = any(c in name for name in subjects for c in "\t\r\n") or any(0xd800 <= ord(c) < 0xe000 for name in subjects for c in name)
+    if kind == "folder" and not refused:
+        for i in range(len(store)): (Path(store.where(i)).parent.mkdir(parents=True, exist_ok=True), Path(store.where(i)).write_bytes(b"%d" % i))
+    if refused:
+        with pytest.raises(ValueError, match="cannot be empty, or hold tabs, line breaks.*rename"): write_list(tmp/"list.txt", whole)
+        assert not (tmp/"list.txt").exists()
+        return
+    found = quietly(open_encoded, write_list(tmp/"list.txt", whole))
+    assert found.subjects == subjects and torch.equal(found.labels, labels) and not found.skipped
+    assert _read_all(found) == _read_all(whole) == [b"%d" % i for i in range(len(labels))]
+    half = labels < len(subjects)//2
+    again = quietly(open_encoded, write_list(tmp/"half.txt", found, half))                          # a list of a list
+    assert again.subjects == subjects[:len(subjects)//2] and _read_all(again) == [b"%d" % i for i in half.nonzero()[:, 0].tolist()]
+
+
+def test_a_folder_of_odd_names_keeps_its_subjects_in_a_list(tmp_path):
+    odd = ["1", "1.0", "#hash", "my subj", "ünï", "a,comma", "nan", "-dash"]
+    write_folder(tmp_path/"f", torch.randint(0, 255, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(8).repeat_interleave(2), subjects=odd)
+    whole = open_encoded(tmp_path/"f")
+    found = convert(tmp_path/"f", tmp_path/"all.txt", "list")
+    assert sorted(found.subjects) == sorted(odd) and torch.equal(found.labels, whole.labels) and _read_all(found) == _read_all(whole)
+
+
+def test_a_list_may_name_an_image_twice(tmp_path, faces):
+    for whole in (open_encoded(faces), quietly(convert, faces, tmp_path/"set")):
+        pick = torch.tensor([4, 4, 0, 4])
+        found = quietly(open_encoded, write_list(tmp_path/f"{whole.name}.txt", whole, pick))
+        assert _read_all(found) == [whole.read(i) for i in pick.tolist()]
+
+
+def test_lists_that_are_not_written(tmp_path, faces):
+    whole = open_encoded(faces)
+    first = write_list(tmp_path/"a.txt", whole)
+    before = first.read_bytes()
+    assert write_list(first, whole) == first and convert(faces, first, "list").subjects == whole.subjects        # the same again
+    for call in (lambda: write_list(first, whole, torch.arange(3)), lambda: convert(whole.subset(torch.arange(3)), first, "list")):
+        with pytest.raises(FileExistsError, match="a.txt exists and holds something else: choose another name"): call()
+    assert first.read_bytes() == before
+    with pytest.raises(FileExistsError, match="holds something else"): write_list(tmp_path/"d.txt", whole) if (tmp_path/"d.txt").mkdir() is None else None
+    with pytest.raises(ValueError, match="name of a list ends in .txt"): write_list(tmp_path/"a.list", whole)
+    with pytest.raises(ValueError, match="label -1: labels start at 0"): write_list(tmp_path/"b.txt", whole, torch.arange(2), torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match="0 images but 0 labels"): write_list(tmp_path/"b.txt", whole, torch.arange(0))
+    with pytest.raises(ValueError, match="size=24: a list names images as they are"): convert(faces, tmp_path/"b.txt", "list", size=24)
+    assert not (tmp_path/"a.list").exists() and not (tmp_path/"b.txt").exists()
+
+
+@pytest.mark.parametrize("text, count", [("# made by hand\n#\n\n#1/0.jpg\t5\nb/0.jpg\t6\n", 2), ("# path label\nb/0.jpg 6\n#1/0.jpg 5\n", 2)])
+def test_only_the_lines_before_the_first_image_are_comments(tmp_path, text, count):
+    for name in ("#1", "b"): (tmp_path/name).mkdir(); (tmp_path/name/"0.jpg").write_bytes(b"x")
+    (tmp_path/"mine.txt").write_text(text)
+    assert quietly(open_encoded, tmp_path/"mine.txt").subjects == ["5", "6"]
+    (tmp_path/"mine.txt").write_text(text.replace(" ", "\t")+"# the end\n")
+    with pytest.raises(ValueError, match="mine.txt, line"): open_encoded(tmp_path/"mine.txt")
+
+
+@pytest.mark.parametrize("text", ["sp/my subj/im 0.jpg 3\n", "a/1.jpg 1\nmy subj/1.jpg 2\n", "my subj/1.jpg\nmy subj/2.jpg\n", "a/1.jpg,1\na, b/1.jpg,2\n"])
+def test_spaces_in_paths_call_for_tabs(tmp_path, text):
+    for name in ("a", "my subj"): (tmp_path/name).mkdir(); (tmp_path/name/"1.jpg").write_bytes(b"x"); (tmp_path/name/"2.jpg").write_bytes(b"x")
+    (tmp_path/"mine.txt").write_text(text)
+    with pytest.raises((ValueError, OSError), match="mine.txt.*put tabs between path and label"): open_encoded(tmp_path/"mine.txt")
+
+
+def test_the_current_folder(tmp_path, faces, monkeypatch):
+    convert(faces, tmp_path/"mine", "folder"); convert(faces, tmp_path/"set")
+    for name, source in (("mine", "."), ("mine", "../mine"), ("set", "."), ("set", "train.rec")):
+        monkeypatch.chdir(tmp_path/name)
+        assert open_encoded(source).name == name
+    for to in ("records", "folder", "list"):
+        with pytest.raises(ValueError, match="a name of its own: give a new"): convert(faces, ".", to)
 
 
 # ---- damage
@@ -260,11 +344,37 @@ def test_no_record_at_all(tmp_path, data):
 def test_truncated_file(tmp_path):
     folder = record(tmp_path/"set", [b"image%02d" % k for k in range(20)], [k//2 for k in range(20)])
     with open(folder/"train.rec", "r+b") as f: f.truncate(700)
-    with pytest.warns(UserWarning, match="promises 20 images"): found = open_encoded(folder)
-    assert 0 < len(found) < 20 and _read_all(found) == [b"image%02d" % k for k in range(len(found))] and len(found.skipped) == 21-len(found)
+    with pytest.warns(UserWarning, match="train.rec: cut off: 17 of 31 records are whole: copy it again"): found = open_encoded(folder)
+    assert len(found) == 16 and _read_all(found) == [b"image%02d" % k for k in range(16)]
+    assert [line.partition("record ")[2] for line in found.skipped] == ["17: longer than the file", *(f"{k}: beyond the end of the file" for k in (18, 19, 20))]
     with open(folder/"train.rec", "r+b") as f: f.truncate(100)                             # after it was opened
     for key in (2, 11):                                                                    # half there, and beyond the end
         with pytest.raises(ValueError, match=f"train.rec, record {key}: .*copy"): found.read(key-1)
+
+
+@pytest.mark.parametrize("share", [.2, .5, .8, .97])
+@pytest.mark.parametrize("header", [True, False])
+def test_every_image_beyond_the_cut_is_counted(tmp_path, faces, share, header):
+    images = [p.read_bytes() for p in sorted(faces.rglob("*.jpg"))]
+    if header: folder = record(tmp_path/"set", images, [k//3 for k in range(36)])
+    else: folder = loose(tmp_path/"set", [pack_image(data, k//3, k) for k, data in enumerate(images)])
+    rec = folder/"train.rec"
+    with open(rec, "r+b") as f: f.truncate(int(share*rec.stat().st_size))
+    with pytest.warns(UserWarning) as said: found = open_encoded(folder)
+    assert len(found)+len(found.skipped) == 36 and 0 < len(found) < 36 and _read_all(found) == images[:len(found)]
+    assert sum(f"{len(found)+header} of {36+13*header} records are whole" in str(w.message) for w in said) == 1
+    assert not any("another file" in str(w.message) for w in said) and lint(folder).table.set_index("rule")["count"]["left out"] == len(found.skipped)
+    made = quietly(convert, folder, tmp_path/"again")
+    assert len(made) == len(found) and made.skipped == found.skipped
+
+
+def test_an_index_of_another_file_is_still_told(tmp_path):
+    for name, size in (("a", 30), ("b", 47)): record(tmp_path/name, [b"%03d" % k + bytes(size) for k in range(40)], [k//2 for k in range(40)])
+    for mine, other in (("a", "b"), ("b", "a")):
+        index = (tmp_path/mine/"train.idx").read_text()
+        (tmp_path/mine/"train.idx").write_text((tmp_path/other/"train.idx").read_text())
+        with pytest.warns(UserWarning, match="train.idx: belongs to another file: 61 records found"): assert len(open_encoded(tmp_path/mine)) == 40
+        (tmp_path/mine/"train.idx").write_text(index)
 
 
 def test_later_parts_that_lie(tmp_path):
@@ -397,6 +507,10 @@ def test_names_survive_a_record_file(tmp_path):
     assert convert(tmp_path/"r", tmp_path/"g", "folder").subjects == ["anna", "boris"]
     (tmp_path/"r"/"subjects.txt").write_text("anna\n")
     with pytest.raises(ValueError, match="subjects.txt: 1 names"): open_encoded(tmp_path/"r")
+    (tmp_path/"r"/"subjects.txt").write_text("anna\nanna\n")
+    with pytest.raises(ValueError, match="subjects.txt: two subjects have one name"): open_encoded(tmp_path/"r")
+    for name in ("a\nb", "a\rb"):
+        with pytest.raises(ValueError, match="line break"): RecordWriter(tmp_path/"s", ["anna", name])
 
 
 @pytest.mark.parametrize("to", ["records", "folder"])

@@ -15,7 +15,7 @@ from sklearn.model_selection import KFold
 from cemiface.images import encode_image
 from cemiface.pairs import pair_set
 from cemiface.style import figure_style
-from cemiface.verification import (_accept_counts, _far_thresholds, _fold_index, bench_verification, bootstrap_ci, evaluate, over_seeds, pair_distances,
+from cemiface.verification import (_accept_counts, _far_thresholds, _fold_index, bench_verification, bootstrap_ci, check_sets, evaluate, over_seeds, pair_distances,
                                    plot_verification, reference_verification, results_table, verify, verify_distances, verify_sets)
 
 
@@ -189,8 +189,32 @@ def test_a_pair_set_gives_the_numbers_of_its_arrays_and_embeds_each_image_once()
     theirs = verify_sets(model, {"y": arrays}, batch_size=7)["y"]
     assert np.array_equal(ours.distance, theirs.distance) and ours.accuracy == theirs.accuracy
     assert list(evaluate(model, {"a": packed, "b": arrays}).index) == ["a", "b", "AVG"]
-    with pytest.raises(ValueError, match="x, x have one name"): evaluate(model, [packed, packed])
-    with pytest.raises(ValueError, match="no benchmark"): evaluate(model, [])
+
+
+WRONG = {"mine: 4 pairs cannot be cut into 10 folds": [True, False] * 2, "mine: all 30 pairs are of one kind": [True] * 30, "mine: all 12 pairs are of one kind": [False] * 12}
+
+@pytest.mark.parametrize("says", WRONG)
+@pytest.mark.parametrize("form", ["pairs", "arrays", "tensors"])
+def test_a_set_that_cannot_be_used_is_named_before_anything_is_embedded(says, form):
+    same, model, good = WRONG[says], Counting(), encoded_pairs()[0]
+    images = torch.zeros(2 * len(same), 3, 8, 8, dtype=torch.uint8)
+    bad = dict(pairs=pair_set("mine", [b"no image"] * 2 * len(same), same), arrays=(images, np.array(same)), tensors=(images, torch.tensor(same)))[form]
+    with pytest.raises(ValueError, match=says): check_sets({"x": good, "mine": bad})
+    with pytest.raises(ValueError, match=says): evaluate(model, [good, bad] if form == "pairs" else {"x": good, "mine": bad})
+    assert model.seen == 0 and list(check_sets(iter([good]))) == ["x"]
+
+
+def test_two_sets_of_one_name_are_told_apart():
+    a, b = (pair_set("lfw", [b"a", b"b"] * 10, [True, False] * 5, [f"{folder}/lfw.bin, image {k}" for k in range(20)]) for folder in ("mine", "theirs"))
+    with pytest.raises(ValueError, match="called lfw.* mine/lfw.bin.* theirs/lfw.bin.*: rename one"): check_sets([a, encoded_pairs()[0], b])
+    with pytest.raises(ValueError, match="called lfw"): evaluate(Counting(), [a, b])
+    with pytest.raises(ValueError, match="no benchmark"): evaluate(Counting(), [])
+
+
+def test_embeddings_that_are_not_finite_name_the_set():
+    model = Counting()
+    model.scale.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="x: 120 of 120 embeddings are not finite"): evaluate(model, [encoded_pairs()[0]])
 
 
 def test_a_pair_set_is_decoded_to_the_size_of_the_recogniser():
@@ -223,13 +247,16 @@ def test_the_interval_of_the_average_is_that_of_independent_sets():
 
 
 def test_over_seeds_is_the_t_interval():
-    tables = [pd.DataFrame({"accuracy": [a, b], "auc": [1., 2.]}, index=["x", "AVG"]) for a, b in ((90, 80), (92, 80), (97, 80))]
+    tables = [pd.DataFrame({"accuracy": [a, b], "auc": [1., 2.]}, index=["x", "AVG"]) for a, b in ((80, 80), (82, 80), (87, 80))]
     out = over_seeds(tables)
-    assert out.loc["x", "mean"] == 93 and out.loc["x", "std"] == pytest.approx(np.std([90, 92, 97], ddof=1))
-    low, high = ttest_1samp([90, 92, 97], 0).confidence_interval(.95)
+    assert out.loc["x", "mean"] == 83 and out.loc["x", "std"] == pytest.approx(np.std([80, 82, 87], ddof=1))
+    low, high = ttest_1samp([80, 82, 87], 0).confidence_interval(.95)
     assert (out.loc["x", "ci_low"], out.loc["x", "ci_high"]) == pytest.approx((low, high))
     assert out.loc["AVG", ["mean", "std", "ci_low", "ci_high", "seeds"]].tolist() == [80, 0, 80, 80, 3]
     assert over_seeds(tables, "auc", .5)["mean"].tolist() == [1, 2]
+    wide = [pd.DataFrame({"accuracy": [a, 100 - a], "GtR": [a - 100, a]}, index=["high", "low"]) for a in (90., 99.9, 100.)]
+    assert over_seeds(wide).loc["high", "ci_high"] == 100 and over_seeds(wide).loc["low", "ci_low"] == 0
+    assert over_seeds(wide, "GtR").loc["high", "ci_low"] < -10 and over_seeds(wide, "GtR").loc["high", "ci_high"] > 0
     with pytest.raises(ValueError, match="two seeds"): over_seeds(tables[:1])
     with pytest.raises(ValueError, match="different sets"): over_seeds([tables[0], tables[1].iloc[:1]])
 
