@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'noise_scheduler', 'x0_from_eps', 'eps_from_v', 'similarity', 'simmat_loss', 'm_grid', 'sample_m',
-           'SimMatConfig', 'Denoiser', 'step_generator', 'draw_step', 'embed_both', 'band_sums', 'band_row',
-           'save_state', 'load_state', 'save_generator', 'load_generator', 'train_generator']
+           'TrainingConfig', 'SimMatConfig', 'Denoiser', 'step_generator', 'draw_step', 'embed_both', 'band_sums',
+           'band_row', 'save_state', 'load_state', 'save_generator', 'load_generator', 'SimMat', 'train_generator']
 
 # %% ../nbs/10_simmat.ipynb #3a7caaa0
 import json, time
@@ -104,8 +104,8 @@ def sample_m(
     return grid[torch.randint(len(grid), (n,), generator=generator, device=device)]
 
 # %% ../nbs/10_simmat.ipynb #974157bf
-class SimMatConfig(BaseModel, extra="forbid", frozen=True):
-    "How the generator is trained, Algorithm 1."
+class TrainingConfig(BaseModel, extra="forbid", frozen=True):
+    "How a diffusion model is trained, whatever it is told and what is asked of it."
     steps:int = Field(20_000, ge=1, description="optimiser steps")
     batch_size:int = Field(64, ge=1, description="images a step, over all processes")
     lr:float = Field(1e-4, gt=0, description="of AdamW, after the warm-up")
@@ -115,10 +115,6 @@ class SimMatConfig(BaseModel, extra="forbid", frozen=True):
     T:int = Field(1000, ge=2, description="time steps")
     snr_scale:float = Field(1., gt=0, description="of the noise schedule: 1 is the paper's; (320/size)^2 gives m its range on small procedural faces")
     prediction:Literal["epsilon","v_prediction"] = Field("epsilon", description="what the network's output means: the noise (the paper), or v, from which the noise is computed")
-    lambda_simmat:float = Field(.05, ge=0, description="weight of the similarity matching loss, Eq. 14")
-    similarity:Literal["cosine","euclidean"] = Field("cosine", description="s of Eq. 11-13; Table 13")
-    interval:float|None = Field(.02, gt=0, description="of the grid that m is drawn from; None: continuous")
-    m_span:tuple[float, float] = Field((-1., 1.), description="lowest and highest m in training; Table 2")
     ema_power:float = Field(.75, gt=0, description="decay at step n is 1-(1+n)^-power")
     ema_max:float = Field(.9999, ge=0, le=1, description="largest decay")
     flip:bool = Field(True, description="mirror every other image")
@@ -127,6 +123,13 @@ class SimMatConfig(BaseModel, extra="forbid", frozen=True):
     log_every:int = Field(100, ge=1, description="steps a row of log.csv")
     save_every:float = Field(120., ge=0, description="seconds between two states, saved at a row of the log")
 
+class SimMatConfig(TrainingConfig):
+    "How the generator is trained, Algorithm 1."
+    lambda_simmat:float = Field(.05, ge=0, description="weight of the similarity matching loss, Eq. 14")
+    similarity:Literal["cosine","euclidean"] = Field("cosine", description="s of Eq. 11-13; Table 13")
+    interval:float|None = Field(.02, gt=0, description="of the grid that m is drawn from; None: continuous")
+    m_span:tuple[float, float] = Field((-1., 1.), description="lowest and highest m in training; Table 2")
+
 # %% ../nbs/10_simmat.ipynb #a86f78fa
 class Denoiser(nn.Module):
     "UNet and conditioner as one network: what the optimiser and the moving average see."
@@ -134,9 +137,9 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet, self.conditioner = unet, conditioner
 
-    def forward(self, xt:Tensor, t:Tensor, emb:Tensor, m:Tensor)->Tensor:
-        "Predicted noise [B,3,H,W] of `xt` at `t` [B], given `emb` [B,D] and `m` [B]."
-        return self.unet(xt, t, encoder_hidden_states=self.conditioner(emb, m)).sample
+    def forward(self, xt:Tensor, t:Tensor, *given:Tensor)->Tensor:
+        "Predicted noise [B,3,H,W] of `xt` at `t` [B]; `given` goes to the conditioner: `emb` [B,D] and `m` [B]."
+        return self.unet(xt, t, encoder_hidden_states=self.conditioner(*given)).sample
 
 # %% ../nbs/10_simmat.ipynb #9f2cc192
 def step_generator(
@@ -217,13 +220,14 @@ def load_state(
     optimizer:torch.optim.Optimizer,
     ema:EMAModel,
     settings:dict, # must be those of the saved run
+    defaults:dict, # what a setting was that the state does not know
 )->tuple[int, list[dict]]: # step to go on with, rows of the log
     "Put a state back. ValueError where the file is damaged or belongs to another run."
     try:
         with safe_open(path, "pt") as f: about, t = {k: json.loads(v) for k, v in f.metadata().items()}, {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: raise ValueError(f"{path} cannot be read ({e}): delete it to train from the start") from e
-    was = SimMatConfig().model_dump(mode="json") | about["settings"] # a setting that the state does not know had its default
-    differ = sorted(k for k in settings if settings[k]!=was.get(k))
+    was = defaults | about["settings"]
+    differ = sorted(k for k in settings | about["settings"] if settings.get(k)!=was.get(k))
     if differ: raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): delete it, or choose another folder")
     denoiser.load_state_dict({k[6:]: v for k, v in t.items() if k.startswith("model.")})
     for i, p in enumerate(ema.shadow_params): p.copy_(t[f"ema.{i}"])
@@ -240,7 +244,7 @@ def save_generator(
 )->tuple[UNet2DConditionModel, Conditioner]: # as saved, on the CPU, ready to use
     "Write `out/unet` and `out/conditioner`."
     unet = UNet2DConditionModel.from_config(denoiser.unet.config)
-    conditioner = Conditioner.from_config(denoiser.conditioner.config)
+    conditioner = type(denoiser.conditioner).from_config(denoiser.conditioner.config)
     final = Denoiser(unet, conditioner).eval()
     final.load_state_dict({k: v.cpu() for k, v in denoiser.state_dict().items()})
     if ema is not None: ema.copy_to(final.parameters())
@@ -249,22 +253,48 @@ def save_generator(
 
 def load_generator(
     folder:str|Path, # written by `train_generator`
+    conditioner:type=Conditioner, # class of its conditioner
 )->tuple[UNet2DConditionModel, Conditioner]:
-    "Read `unet` and `conditioner`. ValueError if the folder holds none."
+    "Read `unet` and `conditioner`. ValueError if the folder holds none, or one of another class."
     folder = Path(folder)
     if not (folder/"unet").is_dir() or not (folder/"conditioner").is_dir():
         raise ValueError(f"{folder} holds no trained generator (unet/ and conditioner/): give a folder made by train_generator")
-    return UNet2DConditionModel.from_pretrained(folder/"unet"), Conditioner.from_pretrained(folder/"conditioner")
+    kind = json.loads((folder/"conditioner/config.json").read_bytes()).get("_class_name")
+    if kind!=conditioner.__name__: raise ValueError(f"{folder} holds a generator with a {kind}, not a {conditioner.__name__}: it was trained by another method")
+    return UNet2DConditionModel.from_pretrained(folder/"unet"), conditioner.from_pretrained(folder/"conditioner")
+
+# %% ../nbs/10_simmat.ipynb #abafee1e
+class SimMat:
+    "Draw, condition and loss of Algorithm 1, for `train_generator`."
+    name, conditioner = "simmat", Conditioner
+
+    @staticmethod
+    def fresh_conditioner(generator:GeneratorConfig, recogniser:nn.Module, config:SimMatConfig)->Conditioner: return face_conditioner(generator)
+
+    def __init__(self, faces:FaceSet, recogniser:nn.Module, config:SimMatConfig, device:torch.device|str, progress:bool):
+        self.config, self.weight = config, config.lambda_simmat
+        self.emb_both = embed_both(recogniser, faces, 256, device, progress)
+
+    def draw(self, images:Tensor, generator:torch.Generator)->tuple: # flip, t, m, eps
+        return draw_step(images, self.config, generator)
+
+    def condition(self, x:Tensor, flip:Tensor, index:Tensor, m:Tensor)->tuple: # what the conditioner gets, and the loss
+        return ((self.emb_both[flip.long(), index], m),)*2
+
+    def loss(self, emb_hat:Tensor, t:Tensor, emb:Tensor, m:Tensor)->tuple: # loss, s and m, [B] each
+        s = similarity(emb, emb_hat, self.config.similarity)
+        return simmat_loss(s, m, t, self.config.T), s, m
 
 # %% ../nbs/10_simmat.ipynb #3ec55bb1
 def train_generator(
     faces:FaceSet,              # training images; labels are not used
     recogniser:nn.Module,       # E_id: [B,3,S,S] in [-1,1] to [B,D]; frozen
     generator:GeneratorConfig,  # size and shape
-    config:SimMatConfig,        # how to train
+    config:TrainingConfig,      # how to train: the method's own
     out:str|Path,               # gets unet/, conditioner/, scheduler/, log.csv, state.safetensors
     init:str|Path|None=None,    # start from the weights in this folder
     progress:bool=True,         # show a bar
+    method:type=SimMat,         # what a step draws, is told and is asked for
 )->tuple[UNet2DConditionModel, Conditioner]: # moving averages, on the CPU
     "Algorithm 1. The same call goes on where an interrupted one stopped. ValueError for misfits and for a loss that is no number."
     if faces.size!=generator.size: raise ValueError(f"{faces.name} has {faces.size} px, the generator {generator.size} px: open the faces at size={generator.size}")
@@ -272,7 +302,7 @@ def train_generator(
     device, rank, world = acc.device, acc.process_index, acc.num_processes
     if config.batch_size%world: raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
     torch.manual_seed(config.seed)
-    unet, conditioner = load_generator(init) if init else (face_unet(generator), face_conditioner(generator))
+    unet, conditioner = load_generator(init, method.conditioner) if init else (face_unet(generator), method.fresh_conditioner(generator, recogniser, config))
     denoiser = Denoiser(unet, conditioner).to(device).train()
     recogniser = recogniser.to(device).eval().requires_grad_(False)
     scheduler, T = noise_scheduler(config.T, config.snr_scale, config.prediction), config.T
@@ -283,9 +313,9 @@ def train_generator(
     settings = dict(generator=generator.model_dump(mode="json"), faces=[faces.name, len(faces)]) | {
         k: v for k, v in config.model_dump(mode="json").items() if k not in ("steps","log_every","save_every")}
     first, log, state = 0, [], out/"state.safetensors"
-    if state.exists(): first, log = load_state(state, denoiser, optimizer, ema, settings)
-    if first>=config.steps and (out/"unet").is_dir(): return load_generator(out)
-    with acc.autocast(): emb_both = embed_both(recogniser, faces, 256, device, progress and acc.is_main_process)
+    if state.exists(): first, log = load_state(state, denoiser, optimizer, ema, settings, type(config)().model_dump(mode="json"))
+    if first>=config.steps and (out/"unet").is_dir(): return load_generator(out, method.conditioner)
+    with acc.autocast(): task = method(faces, recogniser, config, device, progress and acc.is_main_process)
     model, optimizer = acc.prepare(denoiser, optimizer)
     per_epoch, saved, seen = len(faces)//config.batch_size, time.monotonic(), time.monotonic()
     part = slice(rank*config.batch_size//world, (rank+1)*config.batch_size//world)
@@ -294,20 +324,21 @@ def train_generator(
     bar = tqdm(total=config.steps, initial=first, desc="generator", disable=not (progress and acc.is_main_process))
     for step in range(first, config.steps):
         images, _, index = next(order)
-        flip, t, m, eps = (v[part] for v in draw_step(images, config, step_generator(config.seed, step, device)))
+        flip, t, *drawn, eps = (v[part] for v in task.draw(images, step_generator(config.seed, step, device)))
         x, index = to_float(images[part].to(device)), index[part].to(device)
-        x, emb = torch.where(flip[:, None, None, None], x.flip(-1), x), emb_both[flip.long(), index]
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+        with acc.autocast(): given, target = task.condition(x, flip, index, *drawn)
         xt = scheduler.add_noise(x, eps, t)
         for group in optimizer.param_groups: group["lr"] = config.lr*min(1, (step+1)/max(1, config.warmup_steps))
-        pred = model(xt, t, emb, m)
+        pred = model(xt, t, *given)
         if config.prediction=="v_prediction": pred = eps_from_v(xt, pred, alpha_bar[t])
         with acc.autocast(): emb_hat = recogniser(x0_from_eps(xt, pred, alpha_bar[t]))
-        s = similarity(emb, emb_hat, config.similarity)
-        mse, simmat = F.mse_loss(pred, eps), simmat_loss(s, m, t, T).mean()
-        acc.backward(mse+config.lambda_simmat*simmat)
+        loss, s, m = task.loss(emb_hat, t, *target)
+        mse, loss = F.mse_loss(pred, eps), loss.mean()
+        acc.backward(mse+task.weight*loss)
         norm = acc.clip_grad_norm_(params, config.clip_grad)
         optimizer.step(); optimizer.zero_grad(); ema.step(params)
-        sums += torch.stack([mse.detach(), simmat.detach(), norm]); bands += band_sums(s.detach(), m, t, T)
+        sums += torch.stack([mse.detach(), loss.detach(), norm]); bands += band_sums(s.detach(), m, t, T)
         bar.update()
         if (step+1)%config.log_every and step+1<config.steps: continue
         sums, bands = acc.reduce(sums, "mean"), acc.reduce(bands, "sum")
@@ -315,8 +346,8 @@ def train_generator(
             f"lower lr ({config.lr}) or clip_grad ({config.clip_grad}); {state if state.exists() else 'no state'} holds the last good one")
         n, now = bands[:, 0].sum().item(), time.monotonic()
         means = (sums*config.batch_size/n).tolist()
-        log.append(dict(step=step+1, loss_mse=means[0], loss_simmat=means[1], grad_norm=means[2], **band_row(bands), images_per_s=n/(now-seen)))
-        bar.set_postfix(mse=f"{means[0]:.4f}", simmat=f"{means[1]:.3f}", slope=f"{log[-1]['slope_3']:.2f}")
+        log.append({"step": step+1, "loss_mse": means[0], f"loss_{method.name}": means[1], "grad_norm": means[2], **band_row(bands), "images_per_s": n/(now-seen)})
+        bar.set_postfix(mse=f"{means[0]:.4f}", **{method.name: f"{means[1]:.3f}"}, slope=f"{log[-1]['slope_3']:.2f}")
         if acc.is_main_process and (now-saved>=config.save_every or step+1==config.steps):
             write_whole(out/"log.csv", pd.DataFrame(log).to_csv(index=False).encode())
             save_state(state, denoiser, optimizer, ema, dict(step=step+1, settings=settings, log=log))
@@ -325,4 +356,4 @@ def train_generator(
     bar.close(); acc.wait_for_everyone()
     if acc.is_main_process: save_generator(out, denoiser, ema); scheduler.save_pretrained(out/"scheduler")
     acc.wait_for_everyone()
-    return load_generator(out)
+    return load_generator(out, method.conditioner)
