@@ -18,6 +18,7 @@ _homes = {
     "simmat": ("SimMatConfig", "simmat_loss", "train_generator"),
     "pipeline": ("CemiFacePipeline", "shipped_pipeline"),
     "synthesis": ("generate_set", "select_inquiries", "m_grid"),
+    "dcface": ("DCFaceConditioner", "DCFaceConfig", "DCFacePipeline", "StyleBank", "style_bank", "train_dcface"),
 }
 _home_of = {name: f"{__name__}.{module}" for module, names in _homes.items() for name in names}
 # diffusers looks here for the base class that tells it how to load a component recorded as ["cemiface", "Conditioner"].
