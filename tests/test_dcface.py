@@ -11,7 +11,7 @@ from cemiface.backbones import backbone
 from cemiface.conditioning import GENERATORS
 from cemiface.data import FaceSet, to_float
 from cemiface.dcface import (DCFace, DCFaceConditioner, DCFaceConfig, DCFacePipeline, StyleBank, identity_image, identity_loss, patch_statistics,
-                             portraits, style_bank, style_cells, style_grid, style_map, train_dcface)
+                             portraits, start_from, style_bank, style_cells, style_grid, style_map, train_dcface)
 from cemiface.pipeline import ddim_scheduler, untrained_pipeline
 from cemiface.simmat import SimMatConfig, load_generator, train_generator
 from cemiface.synthesis import generate_set, image_noise, image_seed, model_hash
@@ -230,6 +230,19 @@ def test_misfits_are_named(tmp_path):
     with pytest.raises(ValueError, match="one image a subject"): train_dcface(faces(8, 1), recogniser(), TINY, SHORT, tmp_path, progress=False)
     with pytest.raises(ValueError, match="Sequential has no first stage"): train_dcface(faces(), nn.Sequential(), TINY, SHORT, tmp_path, progress=False)
     with pytest.raises(ValueError, match="32 px, the generator 16 px"): train_dcface(faces(size=32), recogniser(), TINY, SHORT, tmp_path, progress=False)
+
+
+def test_a_start_from_cemiface_has_its_identity_tokens_at_m_1(tmp_path):
+    cemi = untrained_pipeline(TINY, recogniser())
+    start_from(cemi, SHORT, tmp_path/"a"), start_from(cemi, SHORT, tmp_path/"b")
+    assert same(weights(tmp_path/"a"), weights(tmp_path/"b"))
+    unet, conditioner = load_generator(tmp_path/"a", DCFaceConditioner)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), cemi.unet.parameters()))
+    emb = F.normalize(torch.randn(5, 512), dim=1)
+    assert torch.allclose(conditioner(emb, torch.randn(5, 4, 16))[:, :TINY.tokens], cemi.conditioner(emb, torch.ones(5)), atol=1e-4)
+    fast = SHORT.model_copy(update=dict(steps=1, lr=1e-9, warmup_steps=0))
+    trained = train(tmp_path/"run", fast, init=tmp_path/"a")
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(trained[1].parameters(), conditioner.parameters()))
 
 
 # bank and pipeline
