@@ -7,7 +7,7 @@ __all__ = ['style_map', 'patch_statistics', 'style_cells', 'DCFaceConditioner', 
            'DCFaceConfig', 'grid_of', 'DCFace', 'train_dcface', 'start_from', 'StyleBank', 'style_bank',
            'DCFacePipeline', 'style_grid']
 
-# %% ../nbs/13_dcface.ipynb #7dddaf4d
+# %% ../nbs/13_dcface.ipynb #2ff83b2b
 import math
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .pipeline import CemiFacePipeline, as_output, denoise, identity_embedding
 from .simmat import TrainingConfig, embed_both, similarity, train_generator
 from .synthesis import image_noise
 
-# %% ../nbs/13_dcface.ipynb #9bbdb79d
+# %% ../nbs/13_dcface.ipynb #66d55446
 def style_map(
     recogniser:IResNet,
     x:Tensor, # [B,3,S,S] in [-1,1]
@@ -36,7 +36,7 @@ def style_map(
     "The recogniser's feature map after its first stage."
     return recogniser.layer1(recogniser.prelu(recogniser.bn1(recogniser.conv1(x))))
 
-# %% ../nbs/13_dcface.ipynb #b46db773
+# %% ../nbs/13_dcface.ipynb #d2b9453e
 def patch_statistics(
     features:Tensor, # [B,C,side,side]
     cells:int,       # a side of the grid; where it does not divide the map, neighbouring cells share a row
@@ -46,7 +46,7 @@ def patch_statistics(
     mean, square = (F.adaptive_avg_pool2d(v, cells) for v in (f, f.square()))
     return torch.cat([mean, (square-mean.square()).clamp(min=0).sqrt()], 1).flatten(2).transpose(1, 2)
 
-# %% ../nbs/13_dcface.ipynb #2a7c082b
+# %% ../nbs/13_dcface.ipynb #c77167ad
 def style_cells(
     size:int,     # of the image, pixels a side
     channels:int, # of the style map
@@ -54,7 +54,7 @@ def style_cells(
     "DCFace's 5x5 cells at 112 px with 64 channels, carried over to as many numbers a pixel; at least 2x2."
     return max(2, round(5*size/112*math.sqrt(64/channels)))
 
-# %% ../nbs/13_dcface.ipynb #56e0aa8e
+# %% ../nbs/13_dcface.ipynb #511191ae
 class DCFaceConditioner(ModelMixin, ConfigMixin):
     "Embedding and style to the condition of the attention layers: identity tokens, then one token a cell."
     @register_to_config
@@ -76,7 +76,7 @@ class DCFaceConditioner(ModelMixin, ConfigMixin):
         who = self.identity(emb*math.sqrt(self.config.emb_dim)).unflatten(1, (self.config.tokens, -1))
         return torch.cat([who, self.norm(self.style(style.to(emb))+self.cell)], 1)
 
-# %% ../nbs/13_dcface.ipynb #6ffd0cf0
+# %% ../nbs/13_dcface.ipynb #82308459
 def portraits(
     emb:Tensor,    # [N,D] of the training images
     labels:Tensor, # int64 [N], dense from 0
@@ -89,7 +89,7 @@ def portraits(
     first = count.cumsum(0)-count
     return order[(first[:, None]+torch.arange(nearest)).clamp(max=len(labels)-1)], count.clamp(max=nearest)
 
-# %% ../nbs/13_dcface.ipynb #9ff22ff0
+# %% ../nbs/13_dcface.ipynb #a9e0ab05
 def identity_image(
     index:Tensor, # int64 [B], of the style images
     label:Tensor, # int64 [B], their subjects
@@ -102,7 +102,7 @@ def identity_image(
     one, other = found[label, k], found[label, (k+1) % count[label]]
     return torch.where(one==index, other, one)
 
-# %% ../nbs/13_dcface.ipynb #7b7d93f3
+# %% ../nbs/13_dcface.ipynb #d2bf8c30
 def identity_loss(
     s_id:Tensor,    # [B] cosine of x0_hat and the identity image
     s_style:Tensor, # [B] cosine of x0_hat and the style image
@@ -113,7 +113,7 @@ def identity_loss(
     g = t/T
     return g*(1-s_id) + (1-g)*(1-s_style)
 
-# %% ../nbs/13_dcface.ipynb #7dd1a29c
+# %% ../nbs/13_dcface.ipynb #506ce6d2
 class DCFaceConfig(TrainingConfig):
     "How the baseline is trained."
     lambda_id:float = Field(.05, ge=0, description="weight of the identity loss")
@@ -121,7 +121,7 @@ class DCFaceConfig(TrainingConfig):
     style_dropout:float = Field(.3, ge=0, lt=1, description="share of the style's numbers that a step leaves out")
     portraits:int = Field(4, ge=2, description="images a subject, nearest to its centre, that the identity image is drawn from")
 
-# %% ../nbs/13_dcface.ipynb #7927f99f
+# %% ../nbs/13_dcface.ipynb #de3573e0
 def grid_of(
     recogniser:IResNet,
     cells:int|None, # as configured
@@ -132,7 +132,7 @@ def grid_of(
     if cells > side: raise ValueError(f"{cells}x{cells} cells on a style map of {side}x{side}: choose at most {side} cells")
     return cells
 
-# %% ../nbs/13_dcface.ipynb #63051e68
+# %% ../nbs/13_dcface.ipynb #03674c70
 class DCFace:
     "Draw, condition and loss of the baseline, for `train_generator`."
     name, conditioner = "id", DCFaceConditioner
@@ -165,7 +165,7 @@ class DCFace:
         s_id, s_style = similarity(emb_id, emb_hat), similarity(emb_style, emb_hat)
         return identity_loss(s_id, s_style, t, self.config.T), s_id, similarity(emb_id, emb_style)
 
-# %% ../nbs/13_dcface.ipynb #8c1d0b1f
+# %% ../nbs/13_dcface.ipynb #99040365
 def train_dcface(
     faces:FaceSet,             # training images; labels tell which are of one subject
     recogniser:IResNet,        # E: identity, style and loss; frozen
@@ -180,7 +180,7 @@ def train_dcface(
     if len(faces)==faces.n_subjects: raise ValueError(f"{faces.name} has one image a subject: DCFace learns from pairs of one subject, so give labelled faces with several images each")
     return train_generator(faces, recogniser, generator, config, out, init, progress, DCFace)
 
-# %% ../nbs/13_dcface.ipynb #2c4db5e9
+# %% ../nbs/13_dcface.ipynb #31eb9fae
 @torch.no_grad()
 def start_from(
     pipe:CemiFacePipeline, # trained
@@ -199,7 +199,7 @@ def start_from(
     pipe.unet.save_pretrained(out/"unet"); conditioner.save_pretrained(out/"conditioner")
     return out
 
-# %% ../nbs/13_dcface.ipynb #ce1c6730
+# %% ../nbs/13_dcface.ipynb #2c29f03f
 class StyleBank(ModelMixin, ConfigMixin):
     "Patch statistics of real images, to draw styles from."
     @register_to_config
@@ -216,7 +216,7 @@ class StyleBank(ModelMixin, ConfigMixin):
         rows = torch.cat([pick(1, g) for g in generator]) if isinstance(generator, list) else pick(n, generator)
         return self.statistics[rows.to(self.statistics.device)]
 
-# %% ../nbs/13_dcface.ipynb #2aa3104c
+# %% ../nbs/13_dcface.ipynb #e63f00fd
 @torch.no_grad()
 def style_bank(
     recogniser:IResNet,
@@ -234,7 +234,7 @@ def style_bank(
     bank.statistics.copy_(torch.cat(parts))
     return bank.eval()
 
-# %% ../nbs/13_dcface.ipynb #7ae99520
+# %% ../nbs/13_dcface.ipynb #1403396a
 class DCFacePipeline(DiffusionPipeline):
     "Faces of an inquiry (identity) in the styles of real images. Puts the models in evaluation mode."
     model_cpu_offload_seq = "recogniser->bank->conditioner->unet"
@@ -287,7 +287,7 @@ class DCFacePipeline(DiffusionPipeline):
         images = as_output(x0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-# %% ../nbs/13_dcface.ipynb #64c29d1b
+# %% ../nbs/13_dcface.ipynb #5577446d
 def style_grid(
     pipe:DCFacePipeline,
     inquiries:Tensor, # uint8 [R,3,S,S], one a row
