@@ -37,9 +37,9 @@ def licence_fields(licence:str)->dict: # license, and license_name where the hub
 
 def size_category(n:int)->str: # as the hub has them
     "The hub's name for a set of `n` images."
-    bounds = (("1K", 10**3), ("10K", 10**4), ("100K", 10**5), ("1M", 10**6), ("10M", 10**7))
-    i = next((i for i, (_, bound) in enumerate(bounds) if n < bound), len(bounds))
-    return "n<1K" if i == 0 else f"{bounds[i-1][0]}<n<{bounds[i][0]}" if i < len(bounds) else "n>10M"
+    bounds = "1K", "10K", "100K", "1M", "10M", "100M", "1B"
+    digits = len(str(n)) # 1,000 has 4
+    return "n<1K" if digits < 4 else f"{bounds[digits-4]}<n<{bounds[digits-3]}" if digits < 10 else "n>1B"
 
 # %% ../nbs/14_cards.ipynb #f7a012e5
 class SetImages:
@@ -52,7 +52,7 @@ class SetImages:
 def set_similarity(out:str|Path,
                    recogniser:nn.Module, # for images of the set's size
                    inquiries:FaceSet|None=None, # None: the copies in the set
-                   images:int=100_000, # at most so many, spread evenly
+                   images:int=100_000, # measure at most so many, spread evenly over the set
                    progress:bool=False,
                   )->pd.DataFrame: # one row, as of `achieved_similarity`, and `images`
     "Similarity of a set's images to their inquiries (Table 7). ValueError if it has no copies of its inquiries and none are given."
