@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['image_noise', 'model_hash', 'embed_inquiries', 'inquiry_embeddings', 'environment', 'quiet', 'draw', 'image_runs',
-           'draw_cells', 'generate_set', 'm_grid', 'contact_sheet', 'save_contact_sheet', 'plot_m_grid']
+           'set_config', 'draw_cells', 'generate_set', 'm_grid', 'contact_sheet', 'save_contact_sheet', 'plot_m_grid']
 
 # %% ../nbs/12_synthesis.ipynb #6675d284
 import hashlib
@@ -26,7 +26,7 @@ from .data import FaceSet, to_float, to_uint8
 from .images import encode_image, write_whole
 from .inquiries import select_inquiries
 from .pipeline import CemiFacePipeline, identity_embedding, similarity_factors
-from .sets import finished, image_file, image_seed, merge_set, open_set, set_batches, write_share
+from .sets import finished, image_seed, merge_set, open_set, set_batches, write_share
 
 # %% ../nbs/12_synthesis.ipynb #2445a16f
 def image_noise(seeds:list, # one an image
@@ -111,6 +111,19 @@ def image_runs(per_subject:int|list, # images of each subject; or runs of (subje
         raise ValueError(f"per_subject={per_subject} is a plan for {wanted} subjects, and there are {subjects} inquiries: give {wanted}, such as inquiries.subset(torch.arange({wanted}))")
     return runs
 
+# %% ../nbs/12_synthesis.ipynb #7c2d90b1
+def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list, per_subject:int|list, seed:int, batch_size:int, steps:int, oversample:int, form:str, ext:str)->dict:
+    "What decides the images of a set, beside generator and inquiries. ValueError for bad settings."
+    m, runs = np.atleast_1d(m).astype(float).tolist(), image_runs(per_subject, len(inquiries))
+    similarity_factors(m, len(m))
+    if batch_size < 1 or oversample < 0: raise ValueError(f"batch_size={batch_size} must be at least 1 and oversample={oversample} at least 0")
+    if form not in ("folder", "records") or ext not in ("png", "jpg"): raise ValueError(f"form={form!r}, ext={ext!r}: choose folder or records, and png or jpg")
+    if oversample and isinstance(inquiries, Tensor): raise ValueError("embeddings have no image to oversample: pass oversample=0")
+    config = dict(subjects=len(inquiries), per_subject=per_subject if isinstance(per_subject, int) else runs, m=m, seed=seed, steps=steps, sampler=type(pipe.scheduler).__name__, oversample=oversample,
+                  size=pipe.unet.config.sample_size, batch_size=max(1, min(batch_size, sum(n*k for n, k in runs))))
+    return config | {k: v for k, v in dict(form=form, ext=ext).items() if v not in ("folder", "png")}
+
+# %% ../nbs/12_synthesis.ipynb #1fb04c55
 def draw_cells(pipe:CemiFacePipeline, emb:Tensor, config:dict, cells:list)->Tensor: # uint8 [B,3,S,S]
     "One batch of a set."
     m = config["m"]
@@ -133,19 +146,13 @@ def generate_set(pipe:CemiFacePipeline,
                  shard:tuple=(0, 1), # which share of how many to write, see `current_share`; `merge_set` joins several
                 )->Path: # the folder
     "Algorithm 2: a labelled set on disk, label = index of the inquiry. Called again, goes on where it stopped. ValueError for bad settings, OSError if the folder cannot be written."
-    m, out, runs = np.atleast_1d(m).astype(float).tolist(), Path(out), image_runs(per_subject, len(inquiries))
-    similarity_factors(m, len(m))
-    if batch_size < 1 or oversample < 0: raise ValueError(f"batch_size={batch_size} must be at least 1 and oversample={oversample} at least 0")
-    if form not in ("folder", "records") or ext not in ("png", "jpg"): raise ValueError(f"form={form!r}, ext={ext!r}: choose folder or records, and png or jpg")
-    if oversample and isinstance(inquiries, Tensor): raise ValueError("embeddings have no image to oversample: pass oversample=0")
-    config = dict(subjects=len(inquiries), per_subject=per_subject if isinstance(per_subject, int) else runs, m=m, seed=seed, steps=steps, sampler=type(pipe.scheduler).__name__, oversample=oversample,
-                  size=pipe.unet.config.sample_size, batch_size=max(1, min(batch_size, sum(n*k for n, k in runs))))
+    out, config = Path(out), set_config(pipe, inquiries, m, per_subject, seed, batch_size, steps, oversample, form, ext)
     cells = [cell for _, batch in set_batches(config, shard) for cell in batch]
     emb, found = inquiry_embeddings(pipe, inquiries, config["batch_size"], range(cells[0][0], cells[-1][0]+1) if cells else range(0))
-    config |= dict(model=model_hash(pipe), inquiries=found) | {k: v for k, v in dict(form=form, ext=ext).items() if v not in ("folder", "png")}
+    config |= dict(model=model_hash(pipe), inquiries=found)
     stated = {"inquiries": "not stated", "generator": "not stated", "images": "not stated", **(licence or {})}
     names = [] if isinstance(inquiries, Tensor) else [inquiries.subjects[j] for j in inquiries.labels.tolist()]
-    open_set(out, config, shard, licence=stated, environment=environment(pipe), source=getattr(inquiries, "name", "embeddings"), label="number of the folder = index of the inquiry", names=names)
+    open_set(out, config, shard, licence=stated, environment=environment(pipe), source=getattr(inquiries, "name", "embeddings"), label=f"{'number of the folder' if form == 'folder' else 'label of the record'} = index of the inquiry", names=names)
     if finished(out, config): return out
     write_share(lambda cells: draw_cells(pipe, emb, config, cells), lambda i: inquiries.images[torch.tensor([i])][0], config, out, shard, progress)
     return out if shard[1] > 1 else merge_set(out, progress=False)

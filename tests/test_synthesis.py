@@ -21,7 +21,8 @@ from cemiface.conditioning import GENERATORS
 from cemiface.data import FaceSet, open_faces
 from cemiface.pipeline import untrained_pipeline
 from cemiface.images import list_folder, read_image
-from cemiface.synthesis import contact_sheet, generate_set, image_file, image_noise, image_seed, m_grid, model_hash, plot_m_grid, save_contact_sheet
+from cemiface.sets import image_file, image_seed
+from cemiface.synthesis import contact_sheet, generate_set, image_noise, m_grid, model_hash, plot_m_grid, save_contact_sheet
 
 diffusers.utils.logging.disable_progress_bar()
 SIZE = GENERATORS["smoke"].size
