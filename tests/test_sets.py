@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import count
 
@@ -210,15 +211,18 @@ def test_an_error_of_a_writer_surfaces(tmp_path, monkeypatch):
     assert len(drawn) <= 2*2                                    # of 40 batches each: the next one at most
 
 
-def test_drawing_goes_on_while_the_batch_before_is_written(tmp_path, monkeypatch):
-    encode, config = sets.encode_image, CONFIG | dict(per_subject=20, oversample=0, batch_size=10)
-    monkeypatch.setattr(sets, "encode_image", lambda *a: time.sleep(.04) or encode(*a))
-    def draw(cells): time.sleep(.1); return torch.stack([colour(*c) for c in cells])
-    open_set(tmp_path/"set", config, (0, 1), environment={})
-    start = time.perf_counter()
-    write_share(draw, None, config, tmp_path/"set", (0, 1), progress=False)
-    seconds = time.perf_counter() - start
-    assert .8 < seconds < .8 + 8*.1                             # 8 batches of .1 s each; their 80 images take 4 threads another .8 s, hidden
+def test_a_batch_is_written_while_the_next_is_drawn(tmp_path, monkeypatch):
+    encode, calls, second, waited = sets.encode_image, [], threading.Event(), []
+    monkeypatch.setattr(sets, "encode_image", lambda *a: waited.append(second.wait(20)) or encode(*a))
+    def draw(cells):
+        calls.append(1)
+        if len(calls) > 1: second.set()
+        return torch.stack([colour(*c) for c in cells])
+    for form in ({}, {"form": "records"}):
+        calls.clear(); second.clear()
+        open_set(tmp_path/f"set{len(form)}", CONFIG | form, (0, 1), environment={})
+        write_share(draw, lambda i: colour(i, 0), CONFIG | form, tmp_path/f"set{len(form)}", (0, 1), progress=False)
+    assert len(waited) == 2*20 and all(waited)                   # had a batch been finished before the next was begun, it would have waited in vain
 
 
 CHILD = """
