@@ -1,4 +1,4 @@
-"""Sets on disk: inquiry selection, seeds, kill and resume, refusals, full and read-only disks."""
+"""Sets on disk: seeds, kill and resume, refusals, full and read-only disks."""
 import errno
 import hashlib
 import json
@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMScheduler, UniPCMultistepScheduler
-from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
 from cemiface import images as image_files, synthesis
@@ -22,7 +21,8 @@ from cemiface.conditioning import GENERATORS
 from cemiface.data import FaceSet, open_faces
 from cemiface.pipeline import untrained_pipeline
 from cemiface.images import list_folder, read_image
-from cemiface.synthesis import contact_sheet, generate_set, image_file, image_noise, image_seed, m_grid, model_hash, plot_m_grid, save_contact_sheet, select_inquiries
+from cemiface.sets import image_file, image_seed
+from cemiface.synthesis import contact_sheet, generate_set, image_noise, m_grid, model_hash, plot_m_grid, save_contact_sheet
 
 diffusers.utils.logging.disable_progress_bar()
 SIZE = GENERATORS["smoke"].size
@@ -45,24 +45,6 @@ def content(out): return {str(p.relative_to(out)): p.read_bytes() for p in sorte
 
 
 def pixels(out): return {name: read_image(out/name) for name in content(out) if name.endswith(".png")}
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(2, 6), st.floats(-.9, .99), st.integers(1, 45), st.integers(0, 10**6))
-def test_selection_is_the_plain_greedy_loop(n, d, threshold, block, seed):
-    emb = np.random.default_rng(seed).standard_normal((n, d))
-    unit = emb / np.linalg.norm(emb, axis=1, keepdims=True)
-    loop = []
-    for i in range(n):
-        if all(unit[i] @ unit[j] < threshold for j in loop): loop.append(i)
-    assert select_inquiries(torch.from_numpy(emb), threshold, block).tolist() == loop
-
-
-def test_selection_keeps_the_first_of_copies_and_refuses_what_has_no_direction():
-    emb = torch.randn(6, 16)
-    assert select_inquiries(torch.cat([emb, emb*2]), .999).tolist() == list(range(6))
-    for bad in (torch.zeros(0, 4), torch.zeros(3), torch.tensor([[1., 0.], [float("nan"), 1.]])):
-        with pytest.raises(ValueError): select_inquiries(bad)
 
 
 def test_seeds_and_noise():
