@@ -17,7 +17,11 @@ _homes = {
     "conditioning": ("Conditioner", "GeneratorConfig", "GENERATORS", "face_unet", "face_conditioner"),
     "simmat": ("SimMatConfig", "simmat_loss", "train_generator"),
     "pipeline": ("CemiFacePipeline", "shipped_pipeline"),
-    "synthesis": ("generate_set", "select_inquiries", "m_grid"),
+    "inquiries": ("select_inquiries", "choose_inquiries"),
+    "sets": ("merge_set", "set_plan"),
+    "synthesis": ("generate_set", "m_grid"),
+    "inspection": ("verify_set", "regenerate"),
+    "cards": ("write_card",),
     "dcface": ("DCFaceConditioner", "DCFaceConfig", "DCFacePipeline", "StyleBank", "style_bank", "train_dcface"),
 }
 _home_of = {name: f"{__name__}.{module}" for module, names in _homes.items() for name in names}

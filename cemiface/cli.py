@@ -14,8 +14,8 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from .commands import (Device, Faces, Out, PerSubject, Recogniser, Seed, Strict, Subjects, bench_app, claim, data_app, named_path, one_line_errors, open_named,
-                               open_recogniser, pick_device, recogniser_app)
+from .commands import (Device, Faces, Out, PerSubject, Recogniser, Seed, Strict, Subjects, bench_app, claim, data_app, named_path, one_line_errors, open_named, open_pipeline,
+                               open_recogniser, pick_device, recogniser_app, set_app)
 
 # %% ../nbs/17_cli.ipynb #dba92024
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -23,6 +23,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
                        "A DIR of faces is a folder SUBJECT/*.jpg|png of aligned faces, an InsightFace record folder, a list file, or proc:WORLD for procedural ones.")
 app.add_typer(data_app, name="data")
 app.add_typer(recogniser_app, name="recogniser")
+app.add_typer(set_app, name="set")
 app.add_typer(bench_app, name="bench")
 
 # %% ../nbs/17_cli.ipynb #a19e43f2
@@ -89,15 +90,6 @@ def _inquiries(source:str, size:int, subjects:int|None, seed:int):
     flat = flat[:subjects]
     return FaceSet(torch.stack([read_image(p, size) for p in flat]), torch.arange(len(flat)), [p.stem for p in flat], Path(source).name)
 
-def _pipeline(model:Path|None, device:str):
-    "A pipeline folder, a `train-generator` folder, or the shipped one."
-    from cemiface.experiments import shipped_models
-    from cemiface.pipeline import CemiFacePipeline
-    if model is None: return shipped_models().to(device)
-    folder = model/"pipeline" if (model/"pipeline").is_dir() else model
-    if not (folder/"model_index.json").exists(): raise ValueError(f"{model} holds no generator (no model_index.json): give a folder made by train-generator")
-    return CemiFacePipeline.from_pretrained(folder).to(device)
-
 # %% ../nbs/17_cli.ipynb #48649b31
 @app.command()
 @one_line_errors
@@ -113,22 +105,29 @@ def generate(
     oversample: Annotated[int, typer.Option(min=0, help="copies of the inquiry image added to its subject")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 64,
+    form: Annotated[Literal["folder", "records"], typer.Option(help="image files, one folder a subject, or InsightFace record files")] = "folder",
     seed: Seed = 0,
     device: Device = None,
 ):
-    """Draw a labelled face set: every inquiry face becomes a subject, at similarity m.
+    """Draw a labelled face set: every inquiry face becomes a subject, at similarity m. Goes on after a kill.
+
+    Under torchrun, accelerate or a Slurm array each process draws its share; then cemiface set merge joins them.
 
     Example: cemiface generate --inquiry my_faces --m 0 --per-subject 50 --out my_set
     """
     from cemiface.recognition import embed
-    from cemiface.synthesis import generate_set, select_inquiries
+    from cemiface.inquiries import select_inquiries
+    from cemiface.sets import current_share
+    from cemiface.synthesis import generate_set
     if not -1 <= m <= 1: raise ValueError(f"m is {m:g}: it has to lie in [-1, 1]")
-    pipe = _pipeline(model, pick_device(device))
+    pipe = open_pipeline(model, pick_device(device))
     native = pipe.unet.config.sample_size
     if size not in (None, native): raise ValueError(f"--size {size}: this generator draws {native} pixels; leave --size out or give another --model")
     faces = _inquiries(inquiry, native, subjects, seed)
     if threshold < 1: faces = faces.subset(select_inquiries(embed(pipe.recogniser, faces.images).cpu(), threshold=threshold))
-    generate_set(pipe, faces, m, per_subject, out, seed=seed, batch_size=batch_size, steps=steps, oversample=oversample)
+    share = current_share()
+    generate_set(pipe, faces, m, per_subject, out, seed=seed, batch_size=batch_size, steps=steps, oversample=oversample, form=form, shard=share)
+    if share[1] > 1: return typer.echo(f"share {share[0] + 1} of {share[1]} is drawn; when all are: cemiface set merge {out}")
     typer.echo(f"{len(faces)} subjects of {per_subject} images at m = {m:g}, and {oversample} copies of each inquiry, {native} px, are in {out}\n"
                f"Train on them: cemiface train-recogniser --data {out} --out MODEL")
 
