@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'ddim_scheduler', 'denoise', 'similarity_factors', 'identity_embedding', 'as_output', 'starting_noise',
-           'calibrated_m', 'standalone', 'model_card', 'CemiFacePipeline', 'untrained_pipeline', 'shipped_pipeline',
-           'sample_embeddings', 'calibrate']
+           'calibrated_m', 'top_level', 'standalone', 'model_card', 'CemiFacePipeline', 'untrained_pipeline',
+           'shipped_pipeline', 'sample_embeddings', 'calibrate']
 
 # %% ../nbs/11_pipeline.ipynb #27cdd989
 import ast
@@ -128,32 +128,39 @@ def calibrated_m(calibration:dict|None, # judge -> curves of `calibrate`
     known = ", ".join(f"{c['sampler']} from {c['steps']} steps on" for c in calibration[judge])
     if not fit: raise ValueError(f"not calibrated for {sampler} at {steps} steps (only for {known}): run calibrate with that scheduler and steps=[{steps}]")
     curve = max(fit, key=lambda c: c["steps"])
-    cos, which = np.unique(curve["achieved"], return_inverse=True)
-    wanted = np.atleast_1d(np.asarray(similarity, dtype=float))
-    for s in wanted[~((wanted >= cos[0]) & (wanted <= cos[-1]))]: raise ValueError(f"similarity {s:g} is out of reach: this generator's mean goes from {cos[0]:.2f} to {cos[-1]:.2f} under {judge} ({sampler}, {curve['steps']} steps)")
-    return torch.as_tensor(np.interp(wanted, cos, np.bincount(which, curve["m"]) / np.bincount(which)), dtype=torch.float32)
+    wanted, low, high = np.atleast_1d(np.asarray(similarity, dtype=float)), curve["achieved"][0], curve["achieved"][-1]
+    for s in wanted[~((wanted >= low) & (wanted <= high))]: raise ValueError(f"similarity {s:g} is out of reach: this generator's mean goes from {low:.2f} to {high:.2f} under {judge} ({sampler}, {curve['steps']} steps)")
+    return torch.as_tensor(np.interp(wanted, curve["achieved"], curve["m"]), dtype=torch.float32)
 
 # %% ../nbs/11_pipeline.ipynb #b2d3caf4
+def top_level(source:str)->dict: # name -> (node, its source), or (import, the name imported)
+    "What each name at the top of a module means."
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)): found |= {a.asname or a.name.split(".")[0]: (node, a) for a in node.names}
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) # a decorator stands above
+        names = [getattr(node, "name", None), *(t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name))]
+        found |= {n: (node, "\n".join(lines[first - 1:node.end_lineno])) for n in names if n}
+    return found
+
 def standalone(cls:type, # of a module of this package
               )->str: # Python source that needs no other module of it
     "Source of a class and of all that it uses from its package."
-    done, imports, texts = set(), {}, []
+    done, modules, imports, texts = set(), {}, set(), []
     def add(module, name):
-        if (module, name) in done: return
+        if module not in modules: modules[module] = top_level(inspect.getsource(sys.modules[module]))
+        if (module, name) in done or name not in modules[module]: return
         done.add((module, name))
-        source = inspect.getsource(sys.modules[module])
-        homes = {a.asname or a.name.split(".")[0]: (node, a) for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
-        homes |= {n: (node, None) for node in ast.parse(source).body for n in [getattr(node, "name", None)] + [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]}
-        if name not in homes: return
-        node, alias = homes[name]
-        if alias is None:
+        node, what = modules[module][name]
+        if isinstance(what, str):
             for used in ast.walk(node):
                 if isinstance(used, ast.Name): add(module, used.id)
-            texts.append("\n".join(source.splitlines()[min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1:node.end_lineno]))
-        elif getattr(node, "level", 0): add(f"{module.rpartition('.')[0]}.{node.module}", alias.name)
-        else: node.names = [alias]; imports[ast.unparse(node)] = None
+            texts.append(what)
+        elif getattr(node, "level", 0): add(f"{module.rpartition('.')[0]}.{node.module}", what.name)
+        else: imports.add((f"from {node.module} " if isinstance(node, ast.ImportFrom) else "") + f"import {ast.unparse(what)}")
     add(cls.__module__, cls.__name__)
-    return "\n\n".join(['"Written by save_pretrained: everything that this pipeline needs beside its libraries."', "\n".join(sorted(imports)), *texts]) + "\n"
+    about = '"Written by save_pretrained: everything that this pipeline needs beside its libraries."'
+    return "\n\n".join([about, "\n".join(sorted(imports)), *texts]) + "\n"
 
 # %% ../nbs/11_pipeline.ipynb #86f48319
 MARK = "<!-- written by save_pretrained: delete this line to keep a text of your own -->"
