@@ -7,7 +7,7 @@ __all__ = ['BAD_INPUT', 'Out', 'Device', 'Faces', 'Recogniser', 'Seed', 'Subject
            'data_app', 'recogniser_app', 'set_app', 'bench_app', 'one_line_errors', 'claim', 'pick_device',
            'say_left_out', 'open_named', 'named_path', 'open_recogniser', 'data_convert', 'data_lint', 'data_align',
            'recogniser_import', 'recogniser_export', 'set_verify', 'set_merge', 'open_pipeline', 'set_regenerate',
-           'set_card', 'bench_recognition']
+           'set_card', 'bench_recognition', 'bench_generator']
 
 # %% ../nbs/16_commands.ipynb #b8df9925
 import functools, json, os, warnings
@@ -300,4 +300,23 @@ def bench_recognition(
     """
     from cemiface.bench import run_bench
     run_bench([p.strip() for p in parts.split(",") if p.strip()] if parts else None, precision, batch_size, compile, out, say=typer.echo)
+    typer.echo(f"All numbers are in {out}")
+
+@bench_app.command("generator")
+@one_line_errors
+def bench_generator(
+    out: Annotated[Path, typer.Option(help="JSON file to write too")] = Path("bench_generator.json"),
+    parts: Annotated[Optional[str], typer.Option(help="only these, with commas: sampling, training, steps")] = None,
+    configurations: Annotated[Optional[str], typer.Option(help="only these, with commas: smoke, laptop, gpu, paper")] = None,
+    precision: Annotated[Optional[Literal["no", "bf16"]], typer.Option(help="mixed precision; default: bf16 with CUDA, else both")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="images at a time")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the UNet")] = False,
+):
+    """Images a second drawn and trained at each configuration, the share of the machine's peak, and steps against quality.
+
+    Example: cemiface bench generator --parts sampling --configurations laptop
+    """
+    from cemiface.bench_generator import run_bench_generator
+    listed = lambda words: [w.strip() for w in words.split(",") if w.strip()] if words else None
+    run_bench_generator(listed(parts), precision, batch_size, compile, out, say=typer.echo, configurations=listed(configurations))
     typer.echo(f"All numbers are in {out}")

@@ -30,7 +30,9 @@ from .procfaces import BENCHMARKS, benchmark_pairs, world_faces
 from .recognition import RecogniserConfig, embed, load_recogniser, train_recogniser
 from .images import write_whole
 from .simmat import SimMatConfig, train_generator
-from .synthesis import draw, generate_set, image_seed, select_inquiries
+from .inquiries import select_inquiries
+from .sets import image_seed
+from .synthesis import draw, generate_set
 from .verification import evaluate
 
 # %% ../nbs/15_experiments.ipynb #6dab3013

@@ -1,18 +1,25 @@
 """The pipeline: same image in any company, samplers, saving and loading, hostile folders."""
+import copy
 import json
+import os
 import subprocess
 import sys
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers.callbacks import PipelineCallback
+from hypothesis import given as drawn, settings, strategies as st
 
 import cemiface
 from cemiface.backbones import IResNet
 from cemiface.conditioning import GENERATORS, Conditioner
-from cemiface.data import to_uint8
-from cemiface.pipeline import CemiFacePipeline, ddim_scheduler, identity_embedding, shipped_pipeline, untrained_pipeline
+from cemiface.data import to_float, to_uint8
+from cemiface.pipeline import (MARK, CemiFacePipeline, calibrate, calibrated_m, ddim_scheduler, identity_embedding, sample_embeddings, shipped_pipeline,
+                               standalone, untrained_pipeline)
+from cemiface.procfaces import world_faces
 from cemiface.simmat import noise_scheduler
 
 diffusers.utils.logging.disable_progress_bar()
@@ -181,3 +188,216 @@ def test_import_is_light_and_names_are_there():
     assert cemiface.CemiFacePipeline is CemiFacePipeline and cemiface.ModelMixin is diffusers.ModelMixin
     assert "generate_set" in dir(cemiface) and all(hasattr(cemiface, name) for name in cemiface.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"): cemiface.nothing
+
+
+def test_default_sampling_is_the_plain_loop(pipe, given):
+    scheduler, x = ddim_scheduler(), given["noise"].clone()
+    emb = torch.nn.functional.normalize(pipe.recogniser(given["inquiries"]), dim=1)
+    with torch.no_grad():
+        tokens = pipe.conditioner(emb, given["m"])
+        scheduler.set_timesteps(3)
+        for t in scheduler.timesteps: x = scheduler.step(pipe.unet(x, t, encoder_hidden_states=tokens).sample, t, x).prev_sample
+    assert torch.equal(draw(pipe, given), x.clamp(-1, 1))
+
+
+# --- schedules, callbacks, memory
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("snr_scale, prediction", [(1., "epsilon"), (100., "v_prediction")])
+def test_the_schedule_travels_through_swap_and_disk(pipe, given, tmp_path, scheduler, snr_scale, prediction):
+    trained = noise_scheduler(1000, snr_scale, prediction)
+    own = CemiFacePipeline(pipe.unet, pipe.conditioner, pipe.recogniser, scheduler.from_config(ddim_scheduler(snr_scale, 1000, prediction).config))
+    own.scheduler.save_pretrained(tmp_path)
+    for s in (own.scheduler, scheduler.from_pretrained(tmp_path)):
+        assert torch.equal(s.alphas_cumprod, trained.alphas_cumprod) and s.config.prediction_type == prediction
+        s.set_timesteps(5)
+        assert s.timesteps[0] == 999
+    own.set_progress_bar_config(disable=True)
+    assert not torch.equal(draw(own, given), draw(pipe, given)) or (scheduler, snr_scale) == (DDIMScheduler, 1.)
+
+
+class Halve(PipelineCallback):
+    @property
+    def tensor_inputs(self): return ["latents"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs): return {"latents": callback_kwargs["latents"]/2}
+
+
+def test_callbacks(pipe, given, monkeypatch):
+    seen, calls, forward = [], [], pipe.unet.forward
+    monkeypatch.setattr(pipe.unet, "forward", lambda *a, **kw: calls.append(1) or forward(*a, **kw))
+    look = lambda p, i, t, kw: seen.append((p is pipe, i, int(t), sorted(kw), kw["latents"].shape)) or {}
+    x = draw(pipe, given, callback_on_step_end=look)
+    assert seen == [(True, i, t, ["latents"], given["noise"].shape) for i, t in enumerate((999, 666, 332))] and torch.equal(x, draw(pipe, given))
+    last = lambda p, i, t, kw: {"latents": kw["latents"]/2} if i == 2 else None
+    assert torch.equal(draw(pipe, given, callback_on_step_end=last), draw(pipe, given, callback_on_step_end=lambda *a: {})/2) or x.abs().max() == 1
+    assert not torch.equal(draw(pipe, given, callback_on_step_end=Halve()), x)
+    def stop(p, i, t, kw): p._interrupt = True; return kw
+    calls.clear()
+    early = draw(pipe, given, callback_on_step_end=stop)
+    assert len(calls) == 1 and pipe.interrupt and not torch.equal(early, x)
+    assert torch.equal(draw(pipe, given), x) and len(calls) == 4 and not pipe.interrupt and pipe.num_timesteps == 3
+    with pytest.raises(ValueError, match="no tensor 'prompt'"): draw(pipe, given, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["prompt"])
+
+
+def test_precision_slicing_and_offloading(pipe, given):
+    x, fresh = draw(pipe, given), lambda: copy.deepcopy(pipe)
+    for dtype in (torch.bfloat16, torch.float64):
+        y = draw(fresh().to(dtype), given)
+        assert y.dtype == dtype and 0 < (y.double() - x.double()).abs().mean() < .1
+    assert torch.equal(draw(fresh().to("cpu", torch.float32), given), x)
+    sliced = fresh()
+    sliced.enable_attention_slicing()
+    assert torch.allclose(draw(sliced, given), x, atol=1e-4)
+    moved = fresh()
+    moved.enable_model_cpu_offload(device="cpu")
+    assert len(moved._all_hooks) == 3 and torch.equal(draw(moved, given), x)
+    seeded = [{"inquiries": given["inquiries"], "generator": [torch.Generator().manual_seed(k) for k in range(8)]} for _ in range(2)]
+    assert torch.equal(*(p(**kw, num_inference_steps=2, output_type="pt").images for p, kw in zip((pipe, moved), seeded)))
+
+
+# --- the folder, its code and its card
+
+FOREIGN = """
+import sys
+sys.modules["cemiface"] = None
+import torch, diffusers
+torch.set_num_threads(1)
+folder = sys.argv[1]
+pipe = diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+given = torch.load(folder + "/given.pt", weights_only=True)
+x = pipe(**given["how"], num_inference_steps=3, output_type="pt").images
+assert torch.equal(x, given["x"]), (x - given["x"]).abs().max()
+assert torch.equal(pipe(given["how"]["inquiries"], similarity=given["s"], noise=given["how"]["noise"], num_inference_steps=3, output_type="pt").images, given["y"])
+pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+pipe(**given["how"], num_inference_steps=3)
+pipe.save_pretrained(folder + "/twice")
+again = type(pipe).from_pretrained(folder + "/twice")
+assert type(again.scheduler).__name__ == "UniPCMultistepScheduler" and pipe.config["recogniser"] == ("cemiface", "IResNet")
+"""
+
+
+def test_diffusers_loads_the_folder_without_this_package(given, tmp_path):
+    pipe = untrained_pipeline(GENERATORS["smoke"])
+    pipe.set_progress_bar_config(disable=True)
+    low, high = calibrate(pipe, given["inquiries"], [-1, 1], [3], progress=False)["E_id"][0]["achieved"]
+    s = (low + high)/2
+    pipe.save_pretrained(tmp_path)
+    y = pipe(given["inquiries"], similarity=s, noise=given["noise"], num_inference_steps=3, output_type="pt").images
+    torch.save(dict(how=given, x=draw(pipe, given), s=s, y=y), tmp_path/"given.pt")
+    away = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path/"modules")}
+    done = subprocess.run([sys.executable, "-c", FOREIGN, str(tmp_path)], env=away, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Expected types" not in done.stderr, done.stderr[-2000:]
+    for name in ("pipeline.py", "conditioner/cemiface.py", "recogniser/cemiface.py", "README.md"):
+        assert (tmp_path/"twice"/name).read_text().replace("UniPCMultistep", "DDIM") == (tmp_path/name).read_text()
+    with pytest.raises(ValueError, match="trust_remote_code"): diffusers.DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path))
+
+
+def test_loading_runs_no_code_of_the_folder(pipe, given, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    for name in ("pipeline.py", "conditioner/cemiface.py", "recogniser/cemiface.py"): (tmp_path/name).write_text("raise SystemExit('ran')")
+    again = CemiFacePipeline.from_pretrained(tmp_path)
+    assert type(again.conditioner) is Conditioner and type(again.recogniser) is IResNet
+    (tmp_path/"recogniser/cemiface.pipeline.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="trust_remote_code"): CemiFacePipeline.from_pretrained(tmp_path)
+
+
+def test_folders_of_before_still_load(pipe, given, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path/"model_index.json").read_text())
+    del index["calibration"]
+    (tmp_path/"model_index.json").write_text(json.dumps(index))
+    for name in ("pipeline.py", "conditioner/cemiface.py", "recogniser/cemiface.py", "README.md"): (tmp_path/name).unlink()
+    again = CemiFacePipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again, given), draw(pipe, given))
+    with pytest.raises(ValueError, match="not calibrated"): again(given["inquiries"], similarity=.3)
+
+
+def test_a_part_set_later_is_recorded_like_one_given(pipe, tmp_path):
+    own = copy.deepcopy(pipe)
+    own.recogniser = untrained_pipeline(GENERATORS["smoke"], seed=1).recogniser
+    assert own.config["recogniser"] == ("cemiface", "IResNet")
+
+
+def test_standalone_source_is_complete():
+    code = standalone(CemiFacePipeline)
+    scope = {"__name__": "elsewhere"}
+    exec(compile(code, "pipeline.py", "exec"), scope)
+    for cls in (CemiFacePipeline, Conditioner, IResNet): assert scope[cls.__name__] is not cls and scope[cls.__name__].__module__ == "elsewhere"
+    assert "from ." not in code and "import cemiface" not in code and "pydantic" not in code and "sklearn" not in code
+
+
+def test_the_model_card_is_refreshed_unless_it_is_yours(pipe, tmp_path):
+    own, card = copy.deepcopy(pipe), tmp_path/"README.md"
+    own.save_pretrained(tmp_path)
+    first = card.read_text()
+    assert first.startswith("---\nlibrary_name: diffusers") and "16 x 16" in first and f"{sum(p.numel() for p in pipe.unet.parameters())/1e6:.2f}M" in first and "Not calibrated" in first
+    own.register_to_config(calibration={"E_id": [CURVE]})
+    own.save_pretrained(tmp_path)
+    assert "| E_id | DDIMScheduler | 10 | 8 | 0.20 to 0.80 |" in card.read_text()
+    card.write_text(first.replace(MARK, "my own"))
+    own.save_pretrained(tmp_path)
+    assert card.read_text() == first.replace(MARK, "my own")
+
+
+# --- calibration
+
+CURVE = dict(sampler="DDIMScheduler", steps=10, inquiries=8, m=[-1., 0., .5, 1.], achieved=[.2, .4, .8, .8], std=[.1]*4)
+
+
+@settings(deadline=None, max_examples=60)
+@drawn(st.lists(st.integers(-900, 900), min_size=2, max_size=9), st.floats(0, 1))
+def test_the_inverse_of_a_curve(values, share):
+    achieved = sorted(v/1000 for v in values)
+    curve = dict(CURVE, m=np.linspace(-1, 1, len(achieved)).tolist(), achieved=achieved)
+    wanted = achieved[0] + share*(achieved[-1] - achieved[0])
+    wanted = min(max(wanted, achieved[0]), achieved[-1])
+    m = calibrated_m({"E_id": [curve]}, wanted, "DDIMScheduler", 10)
+    assert m.shape == (1,) and -1 <= m <= 1
+    steepest = max(np.diff(achieved)/np.diff(curve["m"]))
+    assert abs(np.interp(m.item(), curve["m"], achieved) - wanted) < 1e-6*(1 + steepest)
+
+
+def test_the_curve_of_the_most_steps_that_are_not_more():
+    later = dict(CURVE, steps=20, achieved=[.1, .3, .7, .7])
+    ask = lambda steps: calibrated_m({"E_id": [CURVE, later]}, .4, "DDIMScheduler", steps).item()
+    assert ask(10) == ask(19) == 0 and ask(20) == ask(50) == pytest.approx(.125)
+
+
+@pytest.mark.parametrize("kw, says", [(dict(similarity=.85), "goes from 0.20 to 0.80 under E_id"), (dict(similarity=[.3, .1]), "0.1 is out of reach"), (dict(similarity=float("nan")), "nan is out of reach"),
+    (dict(similarity=.3, m=.3), "either m or similarity"), (dict(similarity=.3, judge="other"), "'other': choose from E_id"), (dict(similarity=.3, num_inference_steps=5), "from 10 steps on"), (dict(similarity=[.3, .4]), "2 values for 8")])
+def test_similarities_that_cannot_be_had(pipe, given, kw, says):
+    own = copy.deepcopy(pipe)
+    own.register_to_config(calibration={"E_id": [CURVE]})
+    with pytest.raises(ValueError, match=says): own(given["inquiries"], **kw)
+
+
+def test_calibration_measures_what_the_pipeline_draws(given, tmp_path):
+    pipe, other = untrained_pipeline(GENERATORS["smoke"]), untrained_pipeline(GENERATORS["smoke"], seed=1).recogniser
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.stack([torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(7 + i)) for i in range(8)])
+    curves = calibrate(pipe, given["inquiries"], [1, -1], [2, 3], {"second": other}, seed=7, batch_size=8, progress=False)
+    for name, net in (("E_id", pipe.recogniser), ("second", other)):
+        for curve, n in zip(curves[name], (2, 3), strict=True):
+            assert (curve["sampler"], curve["steps"], curve["inquiries"], curve["m"]) == ("DDIMScheduler", n, 8, [-1, 1])
+            x = [to_float(to_uint8(pipe(given["inquiries"], m=m, noise=noise, num_inference_steps=n, output_type="pt").images)) for m in (-1, 1)]
+            with torch.no_grad(): means = [torch.cosine_similarity(net(y), net(given["inquiries"])).mean().item() for y in x]
+            expected = means if means[0] <= means[1] else [sum(means)/2]*2
+            assert curve["achieved"] == pytest.approx(expected, abs=2e-4)
+    again = calibrate(pipe, given["inquiries"][:4], [-1, 1], [3], progress=False)
+    assert [(c["steps"], c["inquiries"]) for c in again["E_id"]] == [(2, 8), (3, 4)] and again["second"] == curves["second"]
+    pipe.save_pretrained(tmp_path)
+    assert CemiFacePipeline.from_pretrained(tmp_path).config.calibration == again
+    with pytest.raises(ValueError, match="at least two"): calibrate(pipe, given["inquiries"], [.3])
+
+
+def test_the_shipped_generator_gives_the_similarity_asked_for():
+    pipe = shipped_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    faces = to_float(world_faces("webface_1shot", 24, 1, 32, first=30_000).images)
+    own = identity_embedding(pipe.recogniser, faces, None)
+    for wanted in (.45, .65):
+        x = pipe(faces, similarity=wanted, num_inference_steps=10, generator=torch.Generator().manual_seed(1), output_type="pt").images
+        assert abs((identity_embedding(pipe.recogniser, x, None)*own).sum(1).mean() - wanted) < .05
+    with pytest.raises(ValueError, match="goes from 0.* to 0.* under second"): pipe(faces, similarity=.99, judge="second")
