@@ -24,7 +24,6 @@ from torch import Tensor
 import cemiface
 from .data import FaceSet, to_float, to_uint8
 from .images import encode_image, write_whole
-from .inquiries import select_inquiries
 from .pipeline import CemiFacePipeline, identity_embedding, similarity_factors
 from .sets import finished, image_seed, merge_set, open_set, set_batches, write_share
 

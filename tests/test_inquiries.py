@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cemiface import inquiries, synthesis
+from cemiface import inquiries
 from cemiface.inquiries import bench_select, choose_inquiries, product_margin, quick_dtype, select_inquiries
 
 
@@ -99,6 +99,3 @@ def test_the_bench_and_the_choice_of_products():
     found = bench_select(3000, 64)
     assert found["kept"] + found["dropped"] == 3000 and found["seconds"] > 0 and found["dtype"] == "float32"
     assert found["kept"] == bench_select(3000, 64, torch.bfloat16)["kept"]
-
-
-def test_the_old_door_is_open(): assert synthesis.select_inquiries is select_inquiries
