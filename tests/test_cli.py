@@ -259,6 +259,32 @@ def test_generate_and_go_on(folder, generator, tmp_path):
     assert "another" in error(2, *words, "--seed", 1)
 
 
+def test_a_generated_set_is_checked_and_an_image_drawn_again(folder, generator, model, tmp_path):
+    for form in ("folder", "records"):
+        out = tmp_path / form
+        ok("generate", "--inquiry", folder, "--per-subject", 2, "--out", out, "--model", generator, "--steps", 2, "--oversample", 1, "--form", form, "--batch-size", 4)
+        assert "is whole" in ok("set", "verify", out)
+        assert "the same file" in ok("set", "regenerate", out, "--image", "2/1", "--model", generator)
+    ok("set", "card", tmp_path / "folder", "--model", model)
+    assert (tmp_path / "folder" / "README.md").exists()
+    (tmp_path / "folder" / "000002" / "0001.png").write_bytes(b"junk")
+    said = run("set", "verify", tmp_path / "folder")
+    assert said.exit_code == 1 and "000002/0001.png" in said.stdout
+    assert run("set", "merge", tmp_path / "nothing").exit_code == 2
+
+
+def test_two_processes_draw_what_one_draws(folder, generator, tmp_path, monkeypatch):
+    words = ("generate", "--inquiry", folder, "--per-subject", 3, "--model", generator, "--steps", 1, "--oversample", 1, "--batch-size", 4)
+    ok(*words, "--out", tmp_path / "one")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
+        assert "cemiface set merge" in ok(*words, "--out", tmp_path / "two")
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    ok("set", "merge", tmp_path / "two")
+    one, two = ({p.relative_to(o).as_posix(): p.read_bytes() for p in o.rglob("*") if p.suffix in (".png", ".parquet", ".csv")} for o in (tmp_path / "one", tmp_path / "two"))
+    assert one == two and len(one) > 16
+
+
 def test_generate_from_loose_images(folder, generator, tmp_path):
     out = tmp_path / "set"
     said = ok("generate", "--inquiry", folder / "person 0", "--per-subject", 1, "--out", out, "--model", generator, "--steps", 1,
