@@ -11,8 +11,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from .backbones import backbone, forward_flops
-from .convert import bench_records
+from .convert import bench_records, peak_rss
 from .data import AUGMENT_DRAWS, FaceSet, augment, lookups, open_faces, to_float
 from .groups import bench_groups
 from .images import encode_image, write_whole
@@ -76,9 +74,9 @@ def matmul_peak(
     return peak
 
 # %% ../nbs/16_bench.ipynb #6a2b6579
-def peak_memory()->float: # MB: of the GPU where it was used, else of the whole process
+def peak_memory()->float: # MiB: of the GPU where it was used, else of the whole process
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return gpu / 1e6 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return gpu / 2**20 if gpu else peak_rss()
 
 def with_peak(f:Callable, settings:dict)->dict: # the result of f, and peak_memory_mb
     return {**f(**settings), "peak_memory_mb": round(peak_memory())}

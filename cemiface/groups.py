@@ -236,8 +236,8 @@ def bench_groups(images:int=490_000,
     "Time and memory of the similarity groups of a set of this size, in a process of its own."
     rng = np.random.default_rng(0)
     labels, centres = rng.permutation(np.arange(images) % subjects), rng.standard_normal((subjects, dim), np.float32)
-    code = ("import json, resource, sys; from cemiface.groups import _timed_groups; r = _timed_groups(sys.argv[1], sys.argv[2] == 'True', int(sys.argv[3])); "
-            "print(json.dumps(r | {'peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))")
+    code = ("import json, sys; from cemiface.convert import peak_rss; from cemiface.groups import _timed_groups; r = _timed_groups(sys.argv[1], sys.argv[2] == 'True', int(sys.argv[3])); "
+            "print(json.dumps(r | {'peak_gb': peak_rss() / 1024}))")
     with tempfile.TemporaryDirectory() as folder:
         emb = np.lib.format.open_memmap(f"{folder}/emb.npy", "w+", np.float32, (images, dim))
         for i in range(0, images, 8192): emb[i:i+8192] = centres[labels[i:i+8192]] + 1.5 * rng.standard_normal((len(labels[i:i+8192]), dim), np.float32)
