@@ -310,10 +310,10 @@ def groups(
     from cemiface import groups as g
     from cemiface.recognition import embed
     from cemiface.images import write_whole
-    network = open_recogniser(model, device)
+    network, data = open_recogniser(model, device), named_path(data) # so that images.csv names files alike however the set was named
     faces = open_named(data, network.config.size, subjects, per_subject, seed, max(n_groups, min_per_subject or n_groups * (2 if write else 1)), strict)
     if write and faces.encoded is None: raise ValueError(f"--write {write}: {data} is rendered, not stored: give a set on disk")
-    claim(out, "groups", data=named_path(data), model=str(model), n_groups=n_groups, centres=centres, write=write, images=len(faces), seed=seed)
+    claim(out, "groups", data=data, model=str(model), n_groups=n_groups, centres=centres, write=write, images=len(faces), seed=seed)
     weights = classifier_weights(model, faces) if centres == "weights" else None
     cos, group = g.subject_groups(embed(network, faces.images, progress=True), faces.labels, weights, n_groups)
     table, buffer = g.group_table(cos, faces.labels, group), io.BytesIO()

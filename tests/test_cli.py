@@ -116,10 +116,17 @@ def test_small_subjects_are_left_out_by_name(folder, model, tmp_path):
 
 
 def test_the_same_folder_by_another_path_goes_on(folder, model, tmp_path, monkeypatch):
-    words = ("--model", model, "--n-groups", 4, "--out", tmp_path / "g")
-    ok("groups", "--data", folder, *words)
+    out = tmp_path / "g"
+    words = ("--model", model, "--n-groups", 4, "--out", out)
+    first = run("groups", "--data", folder, *words)
+    claimed, images = (out / "command.json").read_text(), (out / "images.csv").read_text()
+    assert first.exit_code == 0 and json.loads(claimed)["data"] == str(folder.resolve())
     monkeypatch.chdir(folder.parent)
-    ok("groups", "--data", f"./{folder.name}", *words)
+    again = run("groups", "--data", f"./{folder.name}", *words)
+    assert again.exit_code == 0 and again.stdout == first.stdout
+    assert (out / "command.json").read_text() == claimed and (out / "images.csv").read_text() == images
+    shutil.copytree(folder, tmp_path / "copy")
+    assert "begun with another data" in error(2, "groups", "--data", tmp_path / "copy", *words)
 
 
 @pytest.fixture(scope="module")
