@@ -2,22 +2,20 @@
 import os, signal, subprocess, sys, textwrap
 import diffusers, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 import cemiface
 from cemiface.backbones import backbone
-from cemiface.conditioning import GENERATORS
 from cemiface.data import FaceSet, to_float
 from cemiface.dcface import (DCFace, DCFaceConditioner, DCFaceConfig, DCFacePipeline, StyleBank, identity_image, identity_loss, patch_statistics,
                              portraits, start_from, style_bank, style_cells, style_grid, style_map, train_dcface)
 from cemiface.pipeline import ddim_scheduler, untrained_pipeline
 from cemiface.simmat import SimMatConfig, load_generator, train_generator
 from cemiface.synthesis import generate_set, image_noise, image_seed, model_hash
+from small import TINY, same, weights
 
 diffusers.utils.logging.disable_progress_bar()
-TINY = GENERATORS["smoke"].model_copy(update=dict(block_out_channels=(8, 16), norm_groups=4, head_dim=8))
 SHORT = DCFaceConfig(steps=9, batch_size=4, lr=1e-3, warmup_steps=2, log_every=3, save_every=0)
 
 
@@ -34,14 +32,6 @@ def recogniser(size=16, width=8, seed=0):
 
 def train(out, config=SHORT, **kw):
     return train_dcface(faces(), recogniser(), TINY, config, out, progress=False, **kw)
-
-
-def weights(out):
-    return {k: load_file(out/k/"diffusion_pytorch_model.safetensors") for k in ("unet", "conditioner")}
-
-
-def same(a, b):
-    return all(torch.equal(a[k][n], b[k][n]) for k in a for n in a[k])
 
 
 @pytest.fixture(scope="module")

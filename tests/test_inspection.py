@@ -15,23 +15,9 @@ from cemiface.pipeline import untrained_pipeline
 from cemiface.recognition import embed
 from cemiface.records import open_encoded
 from cemiface.sets import checksum
-from cemiface.synthesis import generate_set
+from small import SIZE, inquiries, make
 
 diffusers.utils.logging.disable_progress_bar()
-SIZE = GENERATORS["smoke"].size
-
-
-@pytest.fixture(scope="module")
-def pipe(): return untrained_pipeline(GENERATORS["smoke"])
-
-
-def inquiries(n=5):
-    images = torch.randint(256, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return FaceSet(images, torch.arange(n), [f"p{i}" for i in range(n)], "noise")
-
-
-def make(pipe, out, faces=None, **kw):
-    return generate_set(pipe, faces if faces is not None else inquiries(), out=out, **{**dict(m=.2, per_subject=3, steps=2, batch_size=4, oversample=2, progress=False), **kw})
 
 
 @pytest.mark.parametrize("form", ["folder", "records"])

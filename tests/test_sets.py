@@ -16,33 +16,15 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from cemiface import sets
-from cemiface.conditioning import GENERATORS
-from cemiface.data import FaceSet, open_faces
+from cemiface.data import open_faces
 from cemiface.inspection import verify_set
-from cemiface.pipeline import untrained_pipeline
 from cemiface.records import open_encoded
 from cemiface.sets import PLANS, current_share, filled, image_counts, merge_set, open_set, set_batches, set_plan, set_rows, write_share
 from cemiface.synthesis import generate_set
+from small import SIZE, content, inquiries, make
 
 diffusers.utils.logging.disable_progress_bar()
-SIZE = GENERATORS["smoke"].size
 CONFIG = dict(subjects=4, per_subject=3, m=[0., .1], seed=0, sampler="DDIMScheduler", oversample=2, size=16, batch_size=5)
-
-
-@pytest.fixture(scope="module")
-def pipe(): return untrained_pipeline(GENERATORS["smoke"])
-
-
-def inquiries(n=5):
-    images = torch.randint(256, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return FaceSet(images, torch.arange(n), [f"p{i}" for i in range(n)], "noise")
-
-
-def make(pipe, out, faces=None, **kw):
-    return generate_set(pipe, faces if faces is not None else inquiries(), out=out, **{**dict(m=.2, per_subject=3, steps=2, batch_size=4, oversample=2, progress=False), **kw})
-
-
-def content(out): return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
 def colour(i, k): return torch.arange(3*16*16).view(3, 16, 16).mul(i+1).add(50*k).remainder(251).to(torch.uint8)

@@ -6,12 +6,11 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from cemiface.conditioning import GENERATORS
 from cemiface.data import FaceSet, batches, to_float
 from cemiface.simmat import (Denoiser, SimMatConfig, draw_step, eps_from_v, m_grid, noise_scheduler, simmat_loss, step_generator,
                              train_generator, x0_from_eps)
+from small import TINY, same, weights
 
-TINY = GENERATORS["smoke"].model_copy(update=dict(block_out_channels=(8, 16), norm_groups=4, head_dim=8))
 SHORT = SimMatConfig(steps=12, batch_size=4, lr=1e-3, warmup_steps=2, log_every=3, save_every=0)
 
 
@@ -27,14 +26,6 @@ def embedder(seed=0):
 
 def train(out, config=SHORT, **kw):
     return train_generator(faces(), embedder(), TINY, config, out, progress=False, **kw)
-
-
-def weights(out):
-    return {k: load_file(out/k/"diffusion_pytorch_model.safetensors") for k in ("unet", "conditioner")}
-
-
-def same(a, b):
-    return all(torch.equal(a[k][n], b[k][n]) for k in a for n in a[k])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import sys
 import time
 
 import diffusers
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -22,26 +21,10 @@ from cemiface.data import FaceSet, open_faces
 from cemiface.pipeline import untrained_pipeline
 from cemiface.images import list_folder, read_image
 from cemiface.sets import image_file, image_seed
-from cemiface.synthesis import contact_sheet, generate_set, image_noise, m_grid, model_hash, plot_m_grid, save_contact_sheet
+from cemiface.synthesis import contact_sheet, image_noise, m_grid, model_hash, plot_m_grid, save_contact_sheet
+from small import SIZE, content, inquiries, make
 
 diffusers.utils.logging.disable_progress_bar()
-SIZE = GENERATORS["smoke"].size
-
-
-@pytest.fixture(scope="module")
-def pipe(): return untrained_pipeline(GENERATORS["smoke"])
-
-
-def inquiries(n=5):
-    images = torch.randint(256, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return FaceSet(images, torch.arange(n), [f"p{i}" for i in range(n)], "noise")
-
-
-def make(pipe, out, faces=None, **kw):
-    return generate_set(pipe, faces if faces is not None else inquiries(), out=out, **{**dict(m=.2, per_subject=3, steps=2, batch_size=4, oversample=2, progress=False), **kw})
-
-
-def content(out): return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
 def pixels(out): return {name: read_image(out/name) for name in content(out) if name.endswith(".png")}
