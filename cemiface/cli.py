@@ -81,14 +81,51 @@ def demo(
 
 # %% ../nbs/17_cli.ipynb #d231cbf7
 def _inquiries(source:str, size:int, subjects:int|None, seed:int):
-    "One image a subject; a folder that holds images itself is a set of inquiries, one each."
+    "One image a subject; a folder that holds images itself is a set of inquiries, one each; a .npy file holds their embeddings."
+    import numpy as np
     import torch
     from cemiface.data import FaceSet
     from cemiface.images import images_in, read_image
+    if source.endswith(".npy"):
+        try: emb = np.load(source, allow_pickle=False)
+        except (ValueError, EOFError) as e: raise ValueError(f"{source} holds no array of numbers ({e}): write one with numpy.save, one embedding a row") from e
+        if emb.ndim != 2 or not len(emb) or emb.dtype.kind != "f": raise ValueError(f"{source} has the shape {emb.shape} of {emb.dtype}: give one embedding a row, [N,D], of floats")
+        return torch.from_numpy(emb[:subjects].astype(np.float32))
     flat = [] if source.startswith("proc:") or not Path(source).is_dir() else images_in(Path(source))
     if not flat: return open_named(source, size, subjects, 1, seed)
     flat = flat[:subjects]
     return FaceSet(torch.stack([read_image(p, size) for p in flat]), torch.arange(len(flat)), [p.stem for p in flat], Path(source).name)
+
+def _wishes(pipe, m:str|None, similarity:float|None, plan:str|None, scale:float, per_subject:int, steps:int)->dict: # m and per_subject, for generate_set
+    "What --m, --similarity or --plan ask for."
+    from cemiface.pipeline import calibrated_m, similarity_factors
+    from cemiface.sets import set_plan
+    if sum(v is not None for v in (m, similarity, plan)) > 1: raise ValueError("--m, --similarity and --plan each choose m: give one of them")
+    if plan is not None: return {k: v for k, v in set_plan(plan, scale).items() if k in ("m", "per_subject")}
+    if similarity is not None: ms = calibrated_m(pipe.config.calibration, similarity, type(pipe.scheduler).__name__, steps).tolist()
+    else:
+        try: ms = [float(v) for v in (m or "0").split(",")]
+        except ValueError: raise ValueError(f"--m {m}: give a number in [-1, 1], or several with commas") from None
+    similarity_factors(ms, len(ms))
+    return dict(m=ms, per_subject=per_subject)
+
+def _inquiries_of(source:str, pipe, runs:int|list, subjects:int|None, threshold:float, judge:Path|None, seed:int): # FaceSet or embeddings
+    "The inquiries of a set: every two of them different, and as many as a plan needs."
+    import torch
+    from cemiface.inquiries import choose_inquiries
+    from cemiface.recognition import embed
+    needed = None if isinstance(runs, int) else sum(n for n, _ in runs)
+    endless = source.startswith("proc:") and threshold == 1
+    faces = _inquiries(source, pipe.unet.config.sample_size, subjects or (needed if endless else None), seed)
+    pick = lambda rows: faces[rows] if isinstance(faces, torch.Tensor) else faces.subset(rows)
+    if threshold < 1:
+        network = open_recogniser(judge, str(pipe.device)) if judge else pipe.recogniser
+        chosen = choose_inquiries(faces if isinstance(faces, torch.Tensor) else embed(network, faces.images, progress=True), threshold, progress=True)
+        typer.echo(f"{len(chosen.kept)} of {len(faces)} inquiries have a cosine below {threshold:g} to each other" +
+                   (f"; the other {len(chosen.dropped)} are too near to one of {chosen.dropped.neighbour.nunique()} among them" if len(chosen.dropped) else ""), err=True)
+        faces = pick(chosen.kept)
+    if needed and len(faces) < needed: raise ValueError(f"this plan needs {needed} inquiries, and there are {len(faces)}: bring more, or lower --scale")
+    return pick(torch.arange(needed)) if needed else faces
 
 # %% ../nbs/17_cli.ipynb #48649b31
 @app.command()
@@ -96,14 +133,21 @@ def _inquiries(source:str, size:int, subjects:int|None, seed:int):
 def generate(
     inquiry: Annotated[str, typer.Option(help="inquiry faces: a folder of loose images, a set with one or more images a subject (one is used), or proc:WORLD")],
     out: Out,
-    m: Annotated[float, typer.Option(help="similarity factor in [-1, 1]; 0 is the paper's choice")] = 0.0,
+    m: Annotated[Optional[str], typer.Option(help="similarity factor in [-1, 1]; several with commas take turns; default: 0, the paper's choice")] = None,
+    similarity: Annotated[Optional[float], typer.Option(help="wanted mean cosine to the inquiry, instead of m (the shipped generator is calibrated)")] = None,
+    plan: Annotated[Optional[str], typer.Option(help="one of the paper's sets, such as 0.5M: subjects, images of each, m")] = None,
+    scale: Annotated[float, typer.Option(help="share of the plan's subjects, at most 1")] = 1.0,
     per_subject: Annotated[int, typer.Option(min=1, help="images drawn for each inquiry")] = 50,
     model: Annotated[Optional[Path], typer.Option(help="generator folder; default: the shipped one")] = None,
     size: Annotated[Optional[int], typer.Option(help="pixels; has to be the generator's own size, which is the default")] = None,
     subjects: Annotated[Optional[int], typer.Option(min=1, help="use so many inquiries")] = None,
     threshold: Annotated[float, typer.Option(help="keep inquiries whose cosine to each other is below this (the paper: 0.3); 1 keeps all")] = 1.0,
-    oversample: Annotated[int, typer.Option(min=0, help="copies of the inquiry image added to its subject")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="DDIM steps")] = 20,
+    threshold_model: Annotated[Optional[Path], typer.Option(help="recogniser of this cosine; default: the generator's own")] = None,
+    oversample: Annotated[Optional[int], typer.Option(min=0, help="copies of the inquiry image added to its subject; default: 5, of embeddings none")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="of the sampler")] = 20,
+    sampler: Annotated[Literal["DDIM", "DPM-Solver++", "UniPC"], typer.Option(case_sensitive=False, help="how the steps are taken; DDIM is the paper's")] = "DDIM",
+    precision: Annotated[Optional[Literal["no", "bf16"]], typer.Option(help="of the UNet; default: bf16 with CUDA, else no")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the UNet")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 64,
     form: Annotated[Literal["folder", "records"], typer.Option(help="image files, one folder a subject, or InsightFace record files")] = "folder",
     seed: Seed = 0,
@@ -114,21 +158,23 @@ def generate(
     Under torchrun, accelerate or a Slurm array each process draws its share; then cemiface set merge joins them.
 
     Example: cemiface generate --inquiry my_faces --m 0 --per-subject 50 --out my_set
+
+    Example: cemiface generate --inquiry proc:webface_1shot --plan "m in {0,0.5}" --scale 0.002 --threshold 0.5 --out my_set
     """
-    from cemiface.recognition import embed
-    from cemiface.inquiries import select_inquiries
     from cemiface.sets import current_share
     from cemiface.synthesis import generate_set
-    if not -1 <= m <= 1: raise ValueError(f"m is {m:g}: it has to lie in [-1, 1]")
-    pipe = open_pipeline(model, pick_device(device))
+    device, share = pick_device(device), current_share()
+    pipe = open_pipeline(model, device, sampler, "bfloat16" if precision == "bf16" or precision is None and device.startswith("cuda") else "float32")
     native = pipe.unet.config.sample_size
     if size not in (None, native): raise ValueError(f"--size {size}: this generator draws {native} pixels; leave --size out or give another --model")
-    faces = _inquiries(inquiry, native, subjects, seed)
-    if threshold < 1: faces = faces.subset(select_inquiries(embed(pipe.recogniser, faces.images).cpu(), threshold=threshold))
-    share = current_share()
-    generate_set(pipe, faces, m, per_subject, out, seed=seed, batch_size=batch_size, steps=steps, oversample=oversample, form=form, shard=share)
+    wanted = _wishes(pipe, m, similarity, plan, scale, per_subject, steps)
+    faces = _inquiries_of(inquiry, pipe, wanted["per_subject"], subjects, threshold, threshold_model, seed)
+    if oversample is None: oversample = 5 if hasattr(faces, "images") else 0
+    if compile: pipe.unet.compile()
+    generate_set(pipe, faces, **wanted, out=out, seed=seed, batch_size=batch_size, steps=steps, oversample=oversample, form=form, shard=share)
     if share[1] > 1: return typer.echo(f"share {share[0] + 1} of {share[1]} is drawn; when all are: cemiface set merge {out}")
-    typer.echo(f"{len(faces)} subjects of {per_subject} images at m = {m:g}, and {oversample} copies of each inquiry, {native} px, are in {out}\n"
+    runs = [(len(faces), per_subject)] if plan is None else wanted["per_subject"]
+    typer.echo(f"{' and '.join(f'{n} subjects of {k} images' for n, k in runs)} at m = {', '.join(f'{v:.3g}' for v in wanted['m'])}, and {oversample} copies of each inquiry, {native} px, are in {out}\n"
                f"Train on them: cemiface train-recogniser --data {out} --out MODEL")
 
 # %% ../nbs/17_cli.ipynb #dcc931e5

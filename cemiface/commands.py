@@ -243,14 +243,21 @@ def set_merge(folder: Annotated[Path, typer.Argument(help="a set that several pr
     typer.echo(f"{merge_set(folder)} is finished")
 
 # %% ../nbs/16_commands.ipynb #9841d19d
-def open_pipeline(model:Path|None, device:str):
-    "A pipeline folder, a `train-generator` folder, or the shipped one."
-    from cemiface.experiments import shipped_models
-    from cemiface.pipeline import CemiFacePipeline
-    if model is None: return shipped_models().to(device)
-    folder = model/"pipeline" if (model/"pipeline").is_dir() else model
-    if not (folder/"model_index.json").exists(): raise ValueError(f"{model} holds no generator (no model_index.json): give a folder made by train-generator")
-    return CemiFacePipeline.from_pretrained(folder).to(device)
+def open_pipeline(model:Path|None, device:str, sampler:str|None=None, precision:str="float32"):
+    "A pipeline folder, a `train-generator` folder, or the shipped one; with another sampler, and a UNet that computes in `precision`."
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+    from cemiface.pipeline import SAMPLERS, CemiFacePipeline, shipped_pipeline
+    disable_progress_bar() # a bar for four files
+    if model is None: pipe = shipped_pipeline().to(device)
+    else:
+        folder = model/"pipeline" if (model/"pipeline").is_dir() else model
+        if not (folder/"model_index.json").exists(): raise ValueError(f"{model} holds no generator (no model_index.json): give a folder made by train-generator")
+        pipe = CemiFacePipeline.from_pretrained(folder).to(device)
+    if sampler: pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    layout = torch.channels_last if device.startswith("cuda") else torch.preserve_format
+    torch.nn.Module.to(pipe.unet, getattr(torch, precision), memory_format=layout) # diffusers' own `to` warns of nothing
+    return pipe
 
 @set_app.command("regenerate")
 @one_line_errors
@@ -264,8 +271,11 @@ def set_regenerate(
 
     Example: cemiface set regenerate my_set --image 3/2
     """
-    from cemiface.inspection import regenerate
-    again = regenerate(folder, open_pipeline(model, pick_device(device)), image)
+    from cemiface.inspection import read_set, regenerate
+    from cemiface.pipeline import SAMPLERS
+    made = read_set(folder)[0]["config"]
+    sampler = next((name for name, kind in SAMPLERS.items() if kind.__name__ == made["sampler"]), None)
+    again = regenerate(folder, open_pipeline(model, pick_device(device), sampler, made.get("precision", "float32")), image)
     typer.echo(again)
     raise typer.Exit(int(not again.same and again.difference > 0))
 

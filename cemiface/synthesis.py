@@ -120,7 +120,7 @@ def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list, pe
     if oversample and isinstance(inquiries, Tensor): raise ValueError("embeddings have no image to oversample: pass oversample=0")
     config = dict(subjects=len(inquiries), per_subject=per_subject if isinstance(per_subject, int) else runs, m=m, seed=seed, steps=steps, sampler=type(pipe.scheduler).__name__, oversample=oversample,
                   size=pipe.unet.config.sample_size, batch_size=max(1, min(batch_size, sum(n*k for n, k in runs))))
-    return config | {k: v for k, v in dict(form=form, ext=ext).items() if v not in ("folder", "png")}
+    return config | {k: v for k, v in dict(form=form, ext=ext, precision=str(pipe.unet.dtype)[6:]).items() if v not in ("folder", "png", "float32")}
 
 # %% ../nbs/12_synthesis.ipynb #1fb04c55
 def draw_cells(pipe:CemiFacePipeline, emb:Tensor, config:dict, cells:list)->Tensor: # uint8 [B,3,S,S]
@@ -151,7 +151,7 @@ def generate_set(pipe:CemiFacePipeline,
     config |= dict(model=model_hash(pipe), inquiries=found)
     stated = {"inquiries": "not stated", "generator": "not stated", "images": "not stated", **(licence or {})}
     names = [] if isinstance(inquiries, Tensor) else [inquiries.subjects[j] for j in inquiries.labels.tolist()]
-    open_set(out, config, shard, licence=stated, environment=environment(pipe), source=getattr(inquiries, "name", "embeddings"), label=f"{'number of the folder' if form == 'folder' else 'label of the record'} = index of the inquiry", names=names)
+    open_set(out, config, shard, licence=stated, environment=environment(pipe), source="embeddings" if isinstance(inquiries, Tensor) else inquiries.name, label=f"{'number of the folder' if form == 'folder' else 'label of the record'} = index of the inquiry", names=names)
     if finished(out, config): return out
     write_share(lambda cells: draw_cells(pipe, emb, config, cells), lambda i: inquiries.images[torch.tensor([i])][0], config, out, shard, progress)
     return out if shard[1] > 1 else merge_set(out, progress=False)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cemiface.cli import app
 from cemiface.pairs import open_pairs, write_bin
+from cemiface.pipeline import shipped_pipeline
 from cemiface.records import open_encoded
 
 TINY = ("--backbone", "ir18", "--width", 8, "--size", 16, "--epochs", 2, "--batch-size", 16, "--lr", 0.02)
@@ -264,6 +265,40 @@ def test_generate_and_go_on(folder, generator, tmp_path):
     ok(*words)
     assert {p: p.read_bytes() for p in out.rglob("*.png")} == made
     assert "another" in error(2, *words, "--seed", 1)
+
+
+def test_set_of_a_plan_and_its_image_drawn_again(folder, generator, tmp_path):
+    words = ("generate", "--inquiry", folder, "--plan", "m in {0,0.5}", "--scale", .0002, "--model", generator, "--steps", 1, "--oversample", 1, "--sampler", "unipc", "--precision", "bf16")
+    assert "2 subjects of 50 images at m = 0, 0.5" in ok(*words, "--out", tmp_path / "set")
+    table = pd.read_csv(tmp_path / "set" / "manifest.csv", dtype=str).query("m == m")
+    assert len(table) == 100 and set(table.m.astype(float)) == {0., .5} and set(table.sampler) == {"UniPCMultistepScheduler"}
+    assert "the same file" in ok("set", "regenerate", tmp_path / "set", "--image", "1/7", "--model", generator)  # sampler and precision are the set's
+    assert "needs 10 inquiries, and there are 4" in error(2, *words, "--scale", .001, "--out", tmp_path / "other")
+    assert "no plan is called 'x'" in error(2, *words, "--plan", "x", "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_set_at_a_similarity(tmp_path):
+    out = tmp_path / "set"
+    ok("generate", "--inquiry", "proc:ddpm", "--subjects", 2, "--per-subject", 1, "--steps", 10, "--similarity", .5, "--oversample", 0, "--out", out)
+    curve = next(c for c in shipped_pipeline().config.calibration["E_id"] if (c["sampler"], c["steps"]) == ("DDIMScheduler", 10))
+    m = json.loads((out / "set.json").read_text())["config"]["m"]
+    assert np.interp(m, curve["m"], curve["achieved"]) == pytest.approx([.5], abs=1e-4)
+    assert "out of reach" in error(2, "generate", "--inquiry", "proc:ddpm", "--similarity", .99, "--out", tmp_path / "other")
+    assert "give one of them" in error(2, "generate", "--inquiry", "proc:ddpm", "--similarity", .5, "--m", 0, "--out", tmp_path / "other")
+
+
+def test_set_of_embeddings(generator, tmp_path):
+    emb = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
+    np.save(tmp_path / "centres.npy", np.concatenate([emb, emb[:2] + .1]))  # the last two are too near to the first two
+    words = ("generate", "--per-subject", 2, "--model", generator, "--steps", 1, "--m", "1,-1")
+    said = ok(*words, "--inquiry", tmp_path / "centres.npy", "--threshold", .3, "--out", tmp_path / "set")
+    assert "4 subjects of 2 images at m = 1, -1, and 0 copies" in said
+    assert json.loads((tmp_path / "set" / "set.json").read_text())["source"] == "embeddings"
+    np.save(tmp_path / "flat.npy", emb[0])
+    assert "flat.npy has the shape (512,)" in error(2, *words, "--inquiry", tmp_path / "flat.npy", "--out", tmp_path / "other")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    assert "objects.npy" in error(2, *words, "--inquiry", tmp_path / "objects.npy", "--out", tmp_path / "other")
 
 
 def test_a_generated_set_is_checked_and_an_image_drawn_again(folder, generator, model, tmp_path):
