@@ -36,16 +36,21 @@ def reproduce(
     seeds: Annotated[int, typer.Option(help="repetitions of every set and every training")] = 2,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="train what would start from shipped weights")] = False,
     jobs: Annotated[Optional[int], typer.Option(min=1, help="steps at a time; default: one a core, at most 8; 1 with CUDA or --from-scratch")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan: what there is to do, and for how long")] = False,
+    bench: Annotated[Optional[list[Path]], typer.Option(help="JSON file of cemiface bench, from the machine that the plan is for; repeat for several")] = None,
 ):
     """Make the paper's tables and figures, beside the published numbers.
 
     Prints its plan first. Ctrl-C or a crash loses nothing: the same command goes on, and a second run answers from its cache.
 
     Example: cemiface reproduce --profile laptop --out results
+
+    Example: cemiface reproduce --profile paper --dry-run
     """
     from cemiface import reproduction
     profile = profile or ("gpu" if pick_device(None) == "cuda" else "laptop")
-    found = reproduction.reproduce(profile, results or None, out, seeds, from_scratch, jobs or (1 if from_scratch else reproduction.default_jobs()))
+    if bench and not dry_run: raise ValueError("--bench is for a plan: add --dry-run")
+    found = reproduction.reproduce(profile, results or None, out, seeds, from_scratch, jobs or (1 if from_scratch else reproduction.default_jobs()), dry_run=dry_run, bench=tuple(bench or ()))
     if any(isinstance(f, str) for f in found.values()): raise typer.Exit(1)
 
 # %% ../nbs/17_cli.ipynb #2d8a25c8

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'Finding', 'Result', 'result', 'all_results', 'over_seeds', 'rank_agreement',
-           'known_rates', 'note_rate', 'measured_rates', 'Step', 'plan', 'told', 'show_plan', 'Inline', 'default_jobs',
-           'workers', 'run_steps', 'markdown', 'write_finding', 'facts', 'page', 'findings_of', 'reproduce', 'summary',
-           'pack']
+           'known_rates', 'note_rate', 'measured_rates', 'bench_rows', 'bench_rates', 'Step', 'plan', 'told',
+           'show_plan', 'show_results', 'Inline', 'default_jobs', 'workers', 'run_steps', 'markdown', 'write_finding',
+           'facts', 'page', 'findings_of', 'reproduce', 'summary', 'pack']
 
 # %% ../nbs/16_reproduction.ipynb #10c67e9f
 import base64, html, io, json, os, platform, signal, time
@@ -28,11 +28,12 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from .backbones import backbone
+from .bench import forward_flops
 from .conditioning import GENERATORS
 from .experiments import Profile, Study, default_device, in_order, parts
 from .pipeline import untrained_pipeline
 from .procfaces import world_faces
-from .images import write_whole
+from .images import decode_image, encode_image, write_whole
 from .synthesis import draw
 
 # %% ../nbs/16_reproduction.ipynb #d98eb538
@@ -102,28 +103,56 @@ def note_rate(study, kind:str, rate:float):
     write_whole(path, json.dumps(known | {f"{study.name}/{default_device()}/{kind}": rate}).encode())
 
 # %% ../nbs/16_reproduction.ipynb #65e135b5
-def _seconds(call, units:int)->float:
+def _seconds(call, units:int, precision:str="no")->float:
     "Seconds per unit of the second of two calls."
     for _ in range(2):
         start = time.perf_counter()
-        with torch.no_grad(): call()
+        with torch.no_grad(), torch.autocast(default_device(), torch.bfloat16, enabled=precision == "bf16"): call()
         if torch.cuda.is_available(): torch.cuda.synchronize()
     return (time.perf_counter() - start) / units
 
+def _source_seconds(profile:Profile, n:int)->float:
+    "Seconds to get one training image: rendering it, or decoding it where the profile reads the paper's data."
+    if not profile.missing: return _seconds(lambda: world_faces("casia", n, 1, profile.size), n)
+    face = encode_image(torch.randint(256, (3, profile.size, profile.size), dtype=torch.uint8), "jpg")
+    return _seconds(lambda: [decode_image(face, "noise") for _ in range(n)], n)
+
 def measured_rates(profile:Profile, threads:int)->dict[str, float]:
-    "Seconds per image of rendering, embedding, training a recogniser, denoising, training the generator: a first guess."
-    n, device, usual = 16, default_device(), torch.get_num_threads()
+    "Seconds per image of getting it, embedding, training a recogniser, denoising, training the generator: a first guess."
+    device, usual = default_device(), torch.get_num_threads()
+    n = 64 if device == "cuda" else 16 if profile.size < 64 else 2
     torch.set_num_threads(threads)
     images = torch.zeros(n, 3, profile.size, profile.size, device=device)
     net = lambda c: backbone(c.backbone, profile.size, c.width).to(device).eval()
     teacher, student = net(profile.teacher), net(profile.student)
     pipe = untrained_pipeline(GENERATORS[profile.generator]).to(device)
-    embedding, learning = _seconds(lambda: teacher(images), n), _seconds(lambda: student(images), n)
-    denoising = _seconds(lambda: draw(pipe, torch.ones(n, 512), [0.] * n, list(range(n)), steps=2), 2 * n)
-    rendering = _seconds(lambda: world_faces("casia", n, 1, profile.size), n)
+    embedding, learning = (_seconds(lambda: f(images), n, c.precision) for f, c in ((teacher, profile.teacher), (student, profile.student)))
+    denoising = _seconds(lambda: draw(pipe, torch.ones(n, 512), [0.] * n, list(range(n)), steps=2), 2 * n, profile.simmat.precision)
+    source = _source_seconds(profile, n)
     torch.set_num_threads(usual)
-    return dict(load=0.1, render=rendering, embed=embedding,
+    return dict(load=0.1, render=source, embed=embedding,
                 teach=3 * embedding, train=3 * learning, denoise=denoising, simmat=3 * (denoising + embedding))
+
+# %% ../nbs/16_reproduction.ipynb #7d9eed9a
+def bench_rows(files)->list[tuple[str, dict]]: # part, one of its measurements
+    "What the JSON files of `cemiface bench` hold. ValueError for a file that is none."
+    found = []
+    for path in files:
+        try: found += [(part, row) for part, rows in json.loads(Path(path).read_text()).items() if isinstance(rows, list) for row in rows if "images_per_s" in row]
+        except (ValueError, AttributeError, TypeError): raise ValueError(f"{path} is not a file of cemiface bench: give its JSON") from None
+    return found
+
+def bench_rates(profile:Profile, files)->dict[str, float]:
+    "Seconds per unit of work, as measured; only of what was."
+    rows, rates = bench_rows(files), {}
+    if not rows: return {}
+    best = lambda part, key, **of: max((key(r) for p, r in rows if p == part and all(r.get(k) == v for k, v in of.items())), default=0)
+    rates["denoise"] = best("sampling", lambda r: r["images_per_s"] * r["steps"], configuration=profile.generator)
+    rates["simmat"] = best("training", lambda r: r["images_per_s"], configuration=profile.generator)
+    flops = lambda c: forward_flops(backbone(c.backbone, profile.size, c.width), profile.size) / 1e9
+    for kind, part, config, passes in (("embed", "embedding", profile.teacher, 1), ("teach", "training", profile.teacher, 3), ("train", "training", profile.student, 3)):
+        rates[kind] = best(part, lambda r: r["images_per_s"] * r["gflop_per_image"], size=profile.size) / (passes * flops(config))
+    return {kind: 1 / rate for kind, rate in rates.items() if rate}
 
 # %% ../nbs/16_reproduction.ipynb #1db1db08
 @dataclass
@@ -131,11 +160,11 @@ class Step:
     "One task of the plan."
     task: object; cached: bool; seconds: float = 0.
 
-def plan(study:Study, results:list[Result], jobs:int=1)->list[Step]:
+def plan(study:Study, results:list[Result], jobs:int=1, bench:tuple=())->list[Step]:
     "Every task that the results need, in order, with its state and estimated seconds."
     steps = [Step(t, t.infra.status() == "completed") for t in in_order([t for r in results for t in r.needs(study)])]
     todo = [s for s in steps if not s.cached]
-    rates = known_rates(study)
+    rates = known_rates(study) | bench_rates(study.profile, bench)
     if any(s.task.work()[0] not in rates for s in todo): rates = measured_rates(study.profile, _threads(jobs)) | rates
     for s in todo:
         kind, amount = s.task.work()
@@ -145,7 +174,7 @@ def plan(study:Study, results:list[Result], jobs:int=1)->list[Step]:
 def told(seconds:float)->str:
     "Seconds as people say them."
     if seconds < .5: return "no time"
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"
 
 def show_plan(steps:list[Step])->str:
     "The plan as text: one line a kind of task."
@@ -155,6 +184,16 @@ def show_plan(steps:list[Step])->str:
         todo, seconds = sum(not s.cached for s in of), sum(s.seconds for s in of)
         first = of[0].task.title + (f" ... ({len(of)} of this kind)" if len(of) > 1 else "")
         lines.append(f"  {first:72} " + (f"{todo} to do, about {told(seconds)}".replace("about no", "hardly any") if todo else "in the cache"))
+    return "\n".join(lines)
+
+def show_results(study:Study, results:list[Result], steps:list[Step])->str:
+    "Time of each result: alone, and after those before it, with which it shares tasks."
+    seconds, seen, lines = {s.task.infra.uid(): s.seconds for s in steps}, set(), [f"  {'':72} {'alone':>8} {'added':>8}"]
+    for r in results:
+        uids = {t.infra.uid() for t in in_order(r.needs(study))}
+        alone, added = (told(sum(map(seconds.get, part))).replace("no time", "-") for part in (uids, uids - seen))
+        seen |= uids
+        lines.append(f"  {r.name + ': ' + r.title if len(r.name + r.title) < 70 else (r.name + ': ' + r.title)[:69] + '...':72} {alone:>8} {added:>8}")
     return "\n".join(lines)
 
 # %% ../nbs/16_reproduction.ipynb #05bdca29
@@ -322,14 +361,18 @@ def reproduce(
     jobs:int=1, # processes; with more than one, a script needs its `if __name__ == "__main__":`
     say:Callable=tqdm.write, # where lines go
     progress:bool=True, # a bar with the time left, on a terminal
+    dry_run:bool=False, # only say what there is to do, and for how long
+    bench:tuple=(), # JSON files of `cemiface bench`, whose speeds the plan goes by
 )->dict[str, "Finding|str"]: # each result's finding, or what is missing; results of earlier runs too
     "Make the paper's tables and figures. ValueError for an unknown profile or result, no job, or data that is missing; SystemExit(130) on Ctrl-C."
     if jobs < 1: raise ValueError(f"jobs must be at least 1, not {jobs}")
+    if bench: jobs = 1 # its speeds are of one process at a time
     start, study, chosen = time.perf_counter(), Study(profile, out, seeds, from_scratch), _choose(results)
-    if study.profile.missing: raise ValueError(_refusal(study.profile, len(study.seeds)))
-    steps = plan(study, chosen, jobs)
-    say(f"cemiface reproduce: profile {study.name} ({study.profile.size} px) on {default_device()}, {seeds} seed(s), {len(chosen)} results, {jobs} at a time\n"
+    if study.profile.missing and not dry_run: raise ValueError(_refusal(study.profile, len(study.seeds)))
+    steps = plan(study, chosen, jobs, bench)
+    say(f"cemiface reproduce: profile {study.name} ({study.profile.size} px) on {'the machine of ' + ', '.join(map(str, bench)) if bench else default_device()}, {seeds} seed(s), {len(chosen)} results, {jobs} at a time\n"
         f"{show_plan(steps)}\n  in all about {told(sum(s.seconds for s in steps) / jobs)}; everything is kept in {study.out/'cache'}")
+    if dry_run: return say("\n".join([show_results(study, chosen, steps), *(f"  missing: {name}" for name in study.profile.missing)])) or {}
     try: failed = run_steps(study, steps, say, progress, jobs)
     except KeyboardInterrupt:
         say("Stopped. Finished steps are kept: the same command goes on from here.")
@@ -350,7 +393,7 @@ def summary(found:dict, folder:Path, seconds:float)->str:
 def _refusal(p:Profile, seeds:int)->str:
     images = seeds * len(p.ms) * p.set_subjects * p.set_per_subject
     return (f"profile {p.name} draws {images:,} images of {p.size} px and trains {seeds * (len(p.ms) + 5)} recognisers; "
-            f"it needs data that is not here: {'; '.join(p.missing)}")
+            f"it needs data that is not here: {'; '.join(p.missing)}. --dry-run shows what it would take")
 
 # %% ../nbs/16_reproduction.ipynb #0d71ba09
 def pack(study:Study, folder:Path, **about)->dict: # the card; `about` is what else it should say

@@ -1,4 +1,5 @@
 "`cemiface reproduce`: a subset at the smallest size, killed and continued, answered from the cache, with a failure on the way."
+import json
 import os
 import re
 import resource
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from cemiface import experiments
+from cemiface.backbones import backbone, forward_flops
 from cemiface.conditioning import GENERATORS
 from cemiface.experiments import PROFILES, Study, in_order
 from cemiface.pipeline import CemiFacePipeline, untrained_pipeline
-from cemiface.reproduction import Finding, pack, reproduce
+from cemiface.reproduction import Finding, bench_rates, pack, reproduce
 
 COMMAND = [sys.executable, "-c", "from cemiface.cli import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
            "--results", "table1", "--results", "figure2", "--jobs", "2"]
@@ -166,3 +168,28 @@ def test_packed_weights_are_what_was_trained(killed, tmp_path):
     assert torch.allclose(pipe.scheduler.alphas_cumprod, trained.scheduler.alphas_cumprod)
     assert not any(str(killed[0]) in path.read_text() for path in tmp_path.rglob("*.json"))  # no path of the machine that packed it
     assert list(card["achieved"]) == ["1", "0.6", "0.3", "0", "-0.3", "-0.6", "-1"] and 0 <= card["recogniser_accuracy"]["AVG"] <= 100
+
+
+def test_plan_without_running(tmp_path):
+    said = []
+    assert reproduce("smoke", ["table1", "figure2"], tmp_path / "out", seeds=1, say=said.append, dry_run=True) == {}
+    words = "\n".join(said)
+    assert "10 to do" not in words and "5 to do" in words and not (tmp_path / "out").exists()
+    table1, figure2 = (line.split() for line in words.splitlines()[-2:])
+    assert table1[0] == "table1:" and figure2[0] == "figure2:" and figure2[-1] == "-"  # figure 2 reads what table 1 has made
+
+
+def test_plan_for_another_machine(tmp_path):
+    paper = PROFILES["paper"]
+    rows = dict(machine={}, sampling=[dict(configuration="paper", steps=20, images_per_s=v) for v in (200., 260.)] + [dict(configuration="laptop", steps=20, images_per_s=1e6)],
+                training=[dict(configuration="paper", images_per_s=1000.), dict(backbone="irse50", size=112, images_per_s=2000., gflop_per_image=38.)], steps=[dict(sampler="DDIM")])
+    (tmp_path / "bench.json").write_text(json.dumps(rows))
+    rates = bench_rates(paper, [tmp_path / "bench.json"])
+    assert rates["denoise"] == pytest.approx(1 / (260 * 20)) and rates["simmat"] == pytest.approx(1e-3) and "embed" not in rates
+    assert rates["train"] == pytest.approx(3 * forward_flops(backbone("irse50", 112, 64)) / (2000 * 38e9))
+    (tmp_path / "note.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="note.json is not a file of cemiface bench"): bench_rates(paper, [tmp_path / "note.json"])
+
+
+def test_paper_profile_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="--dry-run"): reproduce("paper", ["table1"], tmp_path, say=lambda line: None)
