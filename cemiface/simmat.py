@@ -259,7 +259,9 @@ def band_row(
     *losses:str, # their names
 )->dict: # s_k, slope_k of s over m, and each loss, for band k; band 0 is nearest to the image
     n, s, m, mm, sm, *rest = sums.double().cpu().T
-    found = {"s": s/n, "slope": (sm-s*m/n)/(mm-m*m/n)} | {name: v/n for name, v in zip(losses, rest)}
+    spread = mm-m*m/n
+    slope = torch.where(spread>1e-4*n, (sm-s*m/n)/spread, torch.nan) # m that hardly differs has none
+    found = {"s": s/n, "slope": slope} | {name: v/n for name, v in zip(losses, rest)}
     return {f"{name}_{k}": v for name, values in found.items() for k, v in enumerate(values.tolist())}
 
 # %% ../nbs/10_simmat.ipynb #57039b44
