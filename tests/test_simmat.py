@@ -5,10 +5,14 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 from cemiface.data import FaceSet, batches, to_float
-from cemiface.simmat import (Denoiser, SimMatConfig, draw_step, eps_from_v, m_grid, noise_scheduler, simmat_loss, step_generator,
-                             train_generator, x0_from_eps)
+from cemiface.dcface import DCFace
+from cemiface.images import read_image
+from cemiface.pipeline import ddim_scheduler, denoise
+from cemiface.simmat import (PACE, SAMPLE_MS, Denoiser, SimMat, SimMatConfig, draw_step, eps_from_v, load_generator, m_grid, noise_scheduler, plot_training,
+                             random_centres, simmat_loss, step_generator, train_generator, x0_from_eps)
 from small import TINY, same, weights
 
 SHORT = SimMatConfig(steps=12, batch_size=4, lr=1e-3, warmup_steps=2, log_every=3, save_every=0)
@@ -16,7 +20,7 @@ SHORT = SimMatConfig(steps=12, batch_size=4, lr=1e-3, warmup_steps=2, log_every=
 
 def faces(n=24):
     images = torch.randint(0, 256, (n, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return FaceSet(images, torch.arange(n)//2, [str(i) for i in range(n//2)], "noise")
+    return FaceSet(images, torch.arange(n)//2, [str(i) for i in range(-(-n//2))], "noise")
 
 
 def embedder(seed=0):
@@ -35,28 +39,44 @@ def whole(tmp_path_factory):
     return out
 
 
+KILLED = [{}, dict(accumulate=2, checkpointing=True, channels_last=True, identity="random_centre", sample_every=7)]
 CHILD = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     import test_simmat as t, cemiface.simmat as simmat
-    out, plain = Path(sys.argv[2]), simmat.draw_step
-    calls = iter(range(100))
+    plain, calls = simmat.draw_step, iter(range(100))
     def kill_at_8(*a):
         if next(calls) == 8: os.kill(os.getpid(), signal.SIGKILL)
         return plain(*a)
     simmat.draw_step = kill_at_8
-    t.train(out)
+    for k, how in enumerate(t.KILLED):
+        if not (pid := os.fork()): t.train(Path(sys.argv[2])/str(k), t.SHORT.model_copy(update=how))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """)
 
 
-def test_killed_run_ends_where_a_whole_one_ends(whole, tmp_path):
-    child = subprocess.run([sys.executable, "-c", CHILD, os.path.dirname(__file__), str(tmp_path)], capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    assert pd.read_csv(tmp_path/"log.csv").step.tolist() == [3, 6] and not (tmp_path/"unet").exists()
-    train(tmp_path)
-    assert same(weights(whole), weights(tmp_path))
-    pd.testing.assert_frame_equal(*(pd.read_csv(d/"log.csv").drop(columns="images_per_s") for d in (whole, tmp_path)))
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory): # a folder for each of KILLED, as a kill -9 in step 9 left it
+    out = tmp_path_factory.mktemp("killed")
+    child = subprocess.run([sys.executable, "-c", CHILD, os.path.dirname(__file__), str(out)], capture_output=True, text=True)
+    assert child.stdout.split() == [str(-signal.SIGKILL)]*2, child.stderr
+    return out
+
+
+def same_log(a, b):
+    pd.testing.assert_frame_equal(*(pd.read_csv(d/"log.csv").drop(columns="images_per_s") for d in (a, b)))
+
+
+@pytest.mark.parametrize("k", range(len(KILLED)))
+def test_killed_run_ends_where_a_whole_one_ends(killed, tmp_path, k):
+    config, cut = SHORT.model_copy(update=KILLED[k]), killed/str(k)
+    assert pd.read_csv(cut/"log.csv").step.tolist() == [3, 6] and not (cut/"unet").exists()
+    train(cut, config)
+    train(tmp_path, config)
+    assert same(weights(tmp_path), weights(cut))
+    same_log(tmp_path, cut)
+    assert [p.read_bytes() for p in sorted(tmp_path.glob("samples/*"))] == [p.read_bytes() for p in sorted(cut.glob("samples/*"))]
 
 
 def test_more_steps_go_on_from_a_finished_run(whole, tmp_path):
@@ -73,7 +93,8 @@ def test_finished_run_is_only_read(whole):
 
 
 @pytest.mark.parametrize("change", [dict(lambda_simmat=0.), dict(similarity="euclidean"), dict(interval=None), dict(m_span=(0., 1.)),
-                                    dict(flip=False), dict(seed=1), dict(ema_max=.5), dict(clip_grad=.01), dict(weight_decay=.5), dict(snr_scale=49.)], ids=str)
+                                    dict(flip=False), dict(seed=1), dict(ema_max=.5), dict(clip_grad=.01), dict(weight_decay=.5), dict(snr_scale=49.),
+                                    dict(identity="class_centre"), dict(identity="random_centre"), dict(precision="bf16")], ids=str)
 def test_every_setting_has_an_effect(whole, tmp_path, change):
     train(tmp_path, SHORT.model_copy(update=change))
     assert not same(weights(whole), weights(tmp_path))
@@ -158,3 +179,175 @@ def test_the_kind_of_output_travels_with_the_run(tmp_path):
     train(tmp_path, v)
     assert DDIMScheduler.from_pretrained(tmp_path/"scheduler").config.prediction_type == "v_prediction"
     with pytest.raises(ValueError, match="prediction"): train(tmp_path, v.model_copy(update=dict(prediction="epsilon")))
+
+
+def close(a, b, lr=SHORT.lr):
+    "Two runs that differ in rounding: Adam turns a gradient that is all rounding into a whole step, so a few weights may differ by some of them."
+    for part, tensors in a.items():
+        off = torch.cat([(v-b[part][k]).abs().flatten() for k, v in tensors.items()])
+        assert off.mean() < .02*lr and off.max() < 2*SHORT.steps*lr
+
+
+def gradients(out):
+    "Adam's mean of the gradients, over all weights."
+    state = load_file(out/"state.safetensors")
+    return torch.cat([v.flatten() for k, v in sorted(state.items()) if k.endswith("exp_avg")])
+
+
+@pytest.mark.parametrize("how", [dict(accumulate=2), dict(accumulate=4), dict(checkpointing=True), dict(channels_last=True)], ids=str)
+def test_how_a_step_is_computed_changes_only_rounding(whole, tmp_path, how):
+    train(tmp_path, SHORT.model_copy(update=how))
+    assert torch.allclose(gradients(tmp_path), gradients(whole), atol=1e-5)
+    close(weights(whole), weights(tmp_path))
+    logs = [pd.read_csv(d/"log.csv").drop(columns="images_per_s") for d in (whole, tmp_path)]
+    np.testing.assert_allclose(*logs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_in_pieces_is_one_step(tmp_path, monkeypatch):
+    seen, plain = [], Denoiser.forward
+    monkeypatch.setattr(Denoiser, "forward", lambda self, xt, t, emb, m: seen.append((xt, t, m)) or plain(self, xt, t, emb, m))
+    one = SHORT.model_copy(update=dict(steps=1))
+    for k in (1, 4): train(tmp_path/str(k), one.model_copy(update=dict(accumulate=k)))
+    assert [len(xt) for xt, *_ in seen] == [4, 1, 1, 1, 1]
+    for whole, *pieces in zip(*seen): assert torch.equal(whole, torch.cat(pieces)) # noise, time steps and factors are those of the whole batch
+
+
+def test_checkpointing_computes_the_unet_twice(tmp_path, monkeypatch):
+    from diffusers.models.resnet import ResnetBlock2D
+    calls, plain = [0], ResnetBlock2D.forward
+    def counted(self, *a, **kw): calls[0] += 1; return plain(self, *a, **kw)
+    monkeypatch.setattr(ResnetBlock2D, "forward", counted)
+    found = []
+    for on in (False, True):
+        calls[0] = 0
+        train(tmp_path/str(on), SHORT.model_copy(update=dict(steps=1, checkpointing=on)))
+        found.append(calls[0])
+    assert found[1] > 1.5*found[0]
+
+
+def test_compiled_is_the_same_training(whole, tmp_path, monkeypatch):
+    compile, calls = nn.Module.compile, []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: calls.append(type(net).__name__) or compile(net, backend="eager"))
+    train(tmp_path, SHORT.model_copy(update=dict(compile=True)))
+    assert calls == ["UNet2DConditionModel"]
+    assert torch.allclose(gradients(tmp_path), gradients(whole), atol=1e-5)
+    close(weights(whole), weights(tmp_path))
+    assert all(weights(whole)[k].keys() == weights(tmp_path)[k].keys() for k in ("unet", "conditioner")) # plain names
+    assert load_file(whole/"state.safetensors").keys() == load_file(tmp_path/"state.safetensors").keys()
+
+
+def test_a_run_may_go_on_in_another_way(whole, tmp_path):
+    train(tmp_path, SHORT.model_copy(update=dict(steps=6, accumulate=2, checkpointing=True, channels_last=True, sample_every=5)))
+    train(tmp_path)
+    close(weights(whole), weights(tmp_path))
+    assert set(PACE) < set(SimMatConfig.model_fields)
+
+
+def test_a_batch_that_does_not_split_is_named(tmp_path):
+    with pytest.raises(ValueError, match="batch_size 4 does not split over 1 processes with accumulate=3: choose a multiple of 3"):
+        train(tmp_path, SHORT.model_copy(update=dict(accumulate=3)))
+    with pytest.raises(ValueError, match="Input should be 'no' or 'bf16'"): SimMatConfig(precision="fp16")
+
+
+# who a face is
+
+def task(**change):
+    return SimMat(faces(), embedder(), SHORT.model_copy(update=change), "cpu", False)
+
+
+def test_class_centre_by_hand():
+    one, network, data = task(identity="class_centre"), embedder(), faces()
+    x = to_float(data.images)
+    unit = F.normalize(torch.stack([network(x), network(x.flip(-1))]), dim=2)
+    (emb, _), _ = one.condition(x, torch.tensor([False, True]*12), torch.arange(24), torch.zeros(24))
+    for i in range(24): assert torch.allclose(emb[i], F.normalize(unit[:, data.labels == data.labels[i]].sum((0, 1)), dim=0), atol=1e-5)
+    (plain, _), _ = task(identity="class_centre", flip=False).condition(x, torch.zeros(24, dtype=torch.bool), torch.arange(24), torch.zeros(24))
+    assert torch.allclose(plain[2], F.normalize(unit[0, 2]+unit[0, 3], dim=0), atol=1e-5)
+
+
+def test_loss_is_towards_the_centre_that_the_generator_is_told():
+    for identity in ("class_centre", "random_centre"):
+        one = task(identity=identity)
+        (told, _), (wanted, m) = one.condition(None, torch.zeros(4, dtype=torch.bool), torch.tensor([0, 1, 2, 23]), torch.zeros(4))
+        assert torch.equal(told, wanted) and torch.equal(told[0], told[1]) and not torch.allclose(told[1], told[2])
+        assert torch.allclose(one.loss(told, torch.tensor([5]), wanted, m)[1], torch.ones(4), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.integers(1, 20), st.integers(1, 20))
+def test_random_centres_depend_on_seed_and_label_alone(seed, n, more):
+    some, all_ = random_centres(n, 32, seed), random_centres(n+more, 32, seed)
+    assert torch.equal(some, all_[:n]) and torch.allclose(all_.norm(dim=1), torch.ones(n+more), atol=1e-5)
+    assert not torch.equal(some, random_centres(n, 32, seed+1)) and len(all_.unique(dim=0)) == n+more
+
+
+def test_centres_need_labels(tmp_path):
+    one = FaceSet(faces().images, torch.zeros(24, dtype=torch.long), ["?"], "noise")
+    for identity in ("class_centre", "random_centre"):
+        with pytest.raises(ValueError, match=f"noise has 1 subject, identity='{identity}' needs labels"):
+            train_generator(one, embedder(), TINY, SHORT.model_copy(update=dict(identity=identity)), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="other settings .*identity"):
+        train(tmp_path, SHORT.model_copy(update=dict(steps=1)))
+        train(tmp_path, SHORT.model_copy(update=dict(steps=1, identity="class_centre")))
+
+
+def test_only_what_is_needed_is_embedded():
+    images = [0]
+    class Counting(nn.Module):
+        def forward(self, x): images[0] += len(x); return x.flatten(1)
+    for change, expected in ((dict(), 48), (dict(flip=False), 24), (dict(identity="class_centre", flip=False), 24), (dict(identity="random_centre", flip=False), 1)):
+        images[0] = 0
+        SimMat(faces(), Counting(), SHORT.model_copy(update=change), "cpu", False)
+        assert images[0] == expected
+
+
+# what is seen of a run
+
+def test_samples_leave_the_training_alone(whole, tmp_path):
+    train(tmp_path, SHORT.model_copy(update=dict(sample_every=4)))
+    assert same(weights(whole), weights(tmp_path))
+    same_log(whole, tmp_path)
+    assert [p.name for p in sorted(tmp_path.glob("samples/*"))] == ["0000004.png", "0000008.png", "0000012.png"]
+    last = read_image(tmp_path/"samples/0000012.png")
+    assert last.shape == (3, 4*16, 6*16)
+    assert torch.equal(last[:, :16, :16], faces().images[0]) and torch.equal(last[:, -16:, :16], faces().images[23])
+    unet, conditioner = load_generator(tmp_path)     # the average of step 12 draws the same again
+    noise = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(SHORT.seed))[1:2]
+    emb = F.normalize(embedder()(to_float(faces().images[7:8])), dim=1)
+    with torch.no_grad(): drawn = denoise(unet, ddim_scheduler(), conditioner(emb, torch.tensor([SAMPLE_MS[3]])), noise)
+    assert ((to_float(last[:, 16:32, 64:80])-drawn[0]).abs() < .02).all()
+
+
+def test_a_method_without_samples_says_so(tmp_path):
+    with pytest.raises(ValueError, match="Blind draws no samples while it trains"):
+        train(tmp_path, SHORT.model_copy(update=dict(sample_every=4)), method=type("Blind", (), {}))
+
+
+def test_losses_by_band_add_up(whole):
+    log = pd.read_csv(whole/"log.csv")
+    assert log.step.tolist() == [3, 6, 9, 12]
+    config, count = SHORT, np.zeros((4, 5))
+    for step in range(12): np.add.at(count[step//3], draw_step(faces().images[:4], config, step_generator(0, step))[1].numpy()*5//1000, 1)
+    for overall, name in (("loss_mse", "mse"), ("loss_simmat", "loss_simmat")):
+        by_band = log[[f"{name}_{k}" for k in range(5)]].to_numpy()
+        assert (np.isnan(by_band) == (count == 0)).all()
+        np.testing.assert_allclose((np.nan_to_num(by_band)*count).sum(1)/12, log[overall], rtol=1e-4)
+
+
+def test_a_plot_of_any_log(whole):
+    log = pd.read_csv(whole/"log.csv")
+    lines = lambda log: [len(ax.lines) for ax in plot_training(log).axes]
+    assert lines(log) == [6, 6, 10]
+    assert lines(log[[c for c in log if not c.startswith(("mse_", "loss_simmat_"))]]) == [1, 1, 10]    # a log from before these were kept
+    assert lines(log.rename(columns=lambda c: c.replace("loss_simmat", "loss_id"))) == [6, 6, 5]       # another method: no slope of least loss
+
+
+def test_trackers_hear_every_row(whole, tmp_path):
+    from test_recognition import Notes
+    notes = Notes()
+    train(tmp_path, log_with=notes)
+    assert same(weights(whole), weights(tmp_path)) and notes.finished == 1 and notes.settings["lambda_simmat"] == .05
+    log = pd.read_csv(whole/"log.csv")
+    assert [step for step, _ in notes.entries] == log.step.tolist()
+    np.testing.assert_allclose([row["loss_mse"] for _, row in notes.entries], log.loss_mse)
+    assert set(notes.entries[0][1]) == set(log.columns)
