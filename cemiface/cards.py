@@ -119,7 +119,7 @@ def write_card(out:str|Path, # a finished set
     config, row = notes["config"], set_similarity(out, recogniser, inquiries, progress=progress).iloc[0]
     head = {"pretty_name": out.name, **licence_fields(notes["licence"]["images"]), "size_categories": [size_category(len(table))], "task_categories": ["image-classification"],
             "annotations_creators": ["machine-generated"], "tags": ["face-recognition", "synthetic", "cemiface"]}
-    made = {"subjects": config["subjects"], "images drawn": int(image_counts(config).sum()), "copies of the inquiry image": f"{config['oversample']} a subject", "similarity factor m": ", ".join(f"{m:g}" for m in config["m"]),
+    made = {"subjects": config["subjects"], "images drawn": int(image_counts(config).sum()), "copies of the inquiry image": f"{config['oversample']} a subject", "similarity factor m": ", ".join(f"{m:g}" for m in config["m"] or []) or "none",
             "sampler": f"{config['sampler']}, {config['steps']} steps", "pixels a side": config["size"], "seed": config["seed"], "generator": f"`{config['model']}`", "inquiries": f"{notes['source']}, `{config['inquiries']}`",
             "made with": "; ".join(", ".join(f"{k} {v}" for k, v in e.items()) for e in notes["environments"])}
     buckets = {f"subjects with an average of {name}": int(row[name]) for name in BUCKETS}

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['style_map', 'patch_statistics', 'style_cells', 'DCFaceConditioner', 'portraits', 'identity_image', 'identity_loss',
            'DCFaceConfig', 'grid_of', 'DCFace', 'train_dcface', 'start_from', 'StyleBank', 'style_bank',
-           'DCFacePipeline', 'style_grid']
+           'DCFacePipeline', 'style_grid', 'save_beside', 'load_beside', 'shipped_dcface']
 
 # %% ../nbs/13_dcface.ipynb #2ff83b2b
 import math
 from pathlib import Path
 
-import torch
+import cemiface, torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 from torch import nn, Tensor
 from torch.nn import functional as F
@@ -24,7 +23,7 @@ from .backbones import IResNet, stage_strides
 from .conditioning import GeneratorConfig
 from .data import FaceSet, to_float, to_uint8
 from .groups import class_centres, cos_to_centre
-from .pipeline import CemiFacePipeline, as_output, denoise, identity_embedding
+from .pipeline import CemiFacePipeline, OwnModels, as_output, denoise, identity_embedding, shipped_pipeline, starting_noise
 from .simmat import TrainingConfig, embed_both, similarity, train_generator
 from .synthesis import image_noise
 
@@ -235,9 +234,10 @@ def style_bank(
     return bank.eval()
 
 # %% ../nbs/13_dcface.ipynb #1403396a
-class DCFacePipeline(DiffusionPipeline):
+class DCFacePipeline(OwnModels, DiffusionPipeline):
     "Faces of an inquiry (identity) in the styles of real images. Puts the models in evaluation mode."
     model_cpu_offload_seq = "recogniser->bank->conditioner->unet"
+    own = (DCFaceConditioner, IResNet, StyleBank)
 
     def __init__(self, unet:UNet2DConditionModel, conditioner:DCFaceConditioner, recogniser:IResNet, scheduler:SchedulerMixin, bank:StyleBank):
         super().__init__()
@@ -245,16 +245,6 @@ class DCFacePipeline(DiffusionPipeline):
             raise ValueError(f"a bank of {bank.config.cells}x{bank.config.cells} cells with {bank.config.channels} channels for a conditioner of "
                              f"{conditioner.config.cells}x{conditioner.config.cells} with {conditioner.config.channels}: make it with style_bank(recogniser, faces, {conditioner.config.cells})")
         self.register_modules(unet=unet.eval(), conditioner=conditioner.eval(), recogniser=recogniser.eval(), scheduler=scheduler, bank=bank.eval())
-        for name in ("conditioner", "recogniser", "bank"): self.register_to_config(**{name: ("cemiface", self.config[name][1])})
-
-    @classmethod
-    def from_pretrained(cls, folder:str|Path, # written by `save_pretrained`
-                        **kwargs, # other components, `dtype`: see diffusers
-                       )->"DCFacePipeline":
-        "Load a saved pipeline. OSError if the folder holds none or its weights are not safetensors."
-        if not (Path(folder)/"model_index.json").is_file():
-            raise OSError(f"no pipeline in {folder}: it has no model_index.json. Give a folder written by save_pretrained")
-        return super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
 
     def styles_of(self, images:Tensor, # [B,3,S,S] in [-1,1]
                  )->Tensor: # [B,cells*cells,2*channels]
@@ -265,7 +255,7 @@ class DCFacePipeline(DiffusionPipeline):
     def __call__(self,
                  inquiries:Tensor|None=None, # [B,3,S,S] in [-1,1]: the identity images
                  embeddings:Tensor|None=None, # [B,D] instead of inquiries
-                 m:float|list|Tensor|None=None, # without effect: DCFace has no similarity factor
+                 m:None=None, # DCFace has no similarity factor; here so that callers need not tell the pipelines apart
                  num_inference_steps:int=20,
                  generator:torch.Generator|list|None=None, # one for all, or one an image: draws the style, then the noise
                  noise:Tensor|None=None, # [B,3,S,S], instead of drawing it
@@ -273,16 +263,16 @@ class DCFacePipeline(DiffusionPipeline):
                  return_dict:bool=True,
                  styles:Tensor|None=None, # [B,3,S,S] in [-1,1]: style images, instead of the bank's
                 )->ImagePipelineOutput: # .images: B of them
-        "One image for each inquiry. ValueError for inputs that do not fit together."
-        emb = identity_embedding(self.recogniser, inquiries, embeddings)
+        "One image for each inquiry. ValueError for inputs that do not fit together, and for an m."
+        if m is not None: raise ValueError("DCFace has no similarity factor: leave m out")
+        emb = identity_embedding(self.recogniser, inquiries, embeddings, self._execution_device)
         shape = (len(emb), self.unet.config.in_channels, *[self.unet.config.sample_size]*2)
         for name, given in (("generators", generator if isinstance(generator, list) else None), ("styles", styles)):
             if given is not None and len(given)!=len(emb): raise ValueError(f"{len(given)} {name} for {len(emb)} images")
         style = self.bank.draw(len(emb), generator) if styles is None else self.styles_of(styles)
         tokens = self.conditioner(emb, style.to(emb))
-        if noise is None: noise = randn_tensor(shape, generator, self._execution_device, self.unet.dtype)
-        if noise.shape!=shape: raise ValueError(f"noise of shape {tuple(noise.shape)}: these inquiries need {list(shape)}")
-        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise.to(tokens.device, self.unet.dtype), num_inference_steps, generator, self.progress_bar)
+        noise = starting_noise(shape, noise, generator, self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
+        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, num_inference_steps, generator, self.progress_bar)
         self.maybe_free_model_hooks()
         images = as_output(x0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -301,3 +291,25 @@ def style_grid(
     noise = image_noise(seeds, pipe.unet.config.sample_size)
     rows = [pipe(embeddings=e.expand(n, -1), styles=to_float(styles), noise=z.expand(n, -1, -1, -1), num_inference_steps=steps, output_type="pt").images for e, z in zip(emb, noise)]
     return to_uint8(torch.stack(rows).flatten(0, 1)).cpu().unflatten(0, (len(inquiries), n))
+
+# %% ../nbs/13_dcface.ipynb #c7d01833
+def save_beside(
+    pipe:DCFacePipeline,
+    folder:str|Path, # gets unet/, conditioner/ and bank/
+)->None:
+    "Write what is the baseline's own, in half precision. The pipeline is left in half precision."
+    for name in ("unet", "conditioner", "bank"): getattr(pipe, name).half().save_pretrained(Path(folder)/name)
+
+def load_beside(
+    folder:str|Path,       # written by `save_beside`
+    pipe:CemiFacePipeline, # gives recogniser and scheduler
+)->DCFacePipeline: # in float32, on the CPU
+    "The baseline of a folder with the recogniser and the sampler of the generator it is compared with. OSError if the folder lacks a part."
+    read = lambda kind, name: kind.from_pretrained(folder, subfolder=name, use_safetensors=True, local_files_only=True, dtype=torch.float32)
+    return DCFacePipeline(read(UNet2DConditionModel, "unet"), read(DCFaceConditioner, "conditioner"), pipe.recogniser, pipe.scheduler, read(StyleBank, "bank"))
+
+def shipped_dcface()->DCFacePipeline:
+    "The baseline trained for this package. OSError if this installation does not hold its weights."
+    folder = Path(cemiface.__file__).parent/"weights"/"dcface"
+    if not folder.is_dir(): raise OSError(f"no weights in {folder}: install a release that holds them, or train the baseline with train_dcface")
+    return load_beside(folder, shipped_pipeline())

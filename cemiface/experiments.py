@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SEVEN', 'PAPER_DATA', 'SIZES', 'TRAINING', 'PROFILES', 'CACHE', 'Profile', 'default_device', 'WorldFaces',
-           'Benchmarks', 'shipped_models', 'shipped_centres', 'shipped_hash', 'Recogniser', 'Generator', 'Yardstick',
-           'Groups', 'accuracies', 'GroupTraining', 'RealTraining', 'Inquiries', 'GeneratedSet', 'SetTraining',
-           'Samples', 'draw_all', 'Judged', 'Study', 'parts', 'in_order']
+           'Benchmarks', 'shipped_models', 'shipped_centres', 'shipped_baseline', 'shipped_hash', 'Recogniser',
+           'Generator', 'Baseline', 'Yardstick', 'Groups', 'accuracies', 'GroupTraining', 'RealTraining', 'Inquiries',
+           'GeneratedSet', 'SetTraining', 'Samples', 'draw_all', 'Judged', 'Study', 'parts', 'in_order']
 
 # %% ../nbs/15_experiments.ipynb #9113e8df
 import hashlib, logging, shutil, sys
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .conditioning import GENERATORS
 from .data import FaceSet, open_faces
+from .dcface import DCFaceConfig, DCFacePipeline, shipped_dcface, start_from, style_bank, train_dcface
 from .groups import cos_to_centre, similarity_groups
 from .pipeline import CemiFacePipeline, ddim_scheduler, shipped_pipeline
 from .procfaces import BENCHMARKS, benchmark_pairs, world_faces
@@ -49,6 +50,7 @@ class Profile(BaseModel):
     student: RecogniserConfig = Field(description="the recogniser trained for every accuracy")
     generator: Literal["smoke", "laptop", "gpu", "paper"] = Field(description="UNet preset, a key of GENERATORS")
     simmat: SimMatConfig = Field(description="training of the diffusion model")
+    dcface: DCFaceConfig = Field(description="training of the baseline, which goes on from the diffusion model's weights")
     shipped: bool = Field(description="start from the weights in the package, where they fit")
     inquiries: int = Field(description="inquiry faces; the control curve uses all of them")
     candidates: int = Field(description="faces drawn to choose the inquiries from")
@@ -76,16 +78,20 @@ SIZES = dict(
 TRAINING = dict(
     smoke=dict(teacher=dict(backbone="ir18", width=8, size=16, margin="adaface", epochs=4, batch_size=32, warmup_steps=4),
                student=dict(backbone="ir18", width=8, size=16, margin="cosface", epochs=2, batch_size=32, warmup_steps=2),
-               simmat=dict(steps=60, batch_size=16, lr=2e-3, warmup_steps=10, snr_scale=(320/16)**2, prediction="v_prediction")),
+               simmat=dict(steps=60, batch_size=16, lr=2e-3, warmup_steps=10, snr_scale=(320/16)**2, prediction="v_prediction"),
+               dcface=dict(steps=30, batch_size=16, lr=2e-3, warmup_steps=5, snr_scale=(320/16)**2, prediction="v_prediction")),
     laptop=dict(teacher=dict(backbone="ir18", width=16, size=32, margin="adaface", epochs=6, batch_size=128, milestones=(.6, .85), warmup_steps=300),
                 student=dict(backbone="ir18", width=8, size=32, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50),
-                simmat=dict(steps=11700, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(320/32)**2, prediction="v_prediction")),
+                simmat=dict(steps=11700, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(320/32)**2, prediction="v_prediction"),
+                dcface=dict(steps=2400, batch_size=64, lr=1e-3, warmup_steps=50, snr_scale=(320/32)**2, prediction="v_prediction")),
     gpu=dict(teacher=dict(backbone="ir50", width=64, size=64, margin="adaface", epochs=20, batch_size=512),
              student=dict(backbone="irse50", width=32, size=64, margin="cosface", epochs=16, batch_size=512),
-             simmat=dict(steps=20000, batch_size=256, lr=5e-4, snr_scale=(320/64)**2, prediction="v_prediction", precision="bf16")),
+             simmat=dict(steps=20000, batch_size=256, lr=5e-4, snr_scale=(320/64)**2, prediction="v_prediction", precision="bf16"),
+             dcface=dict(steps=8000, batch_size=256, lr=5e-4, snr_scale=(320/64)**2, prediction="v_prediction", precision="bf16")),
     paper=dict(teacher=dict(backbone="ir50", width=64, size=112, margin="adaface", epochs=40, batch_size=512),
                student=dict(backbone="irse50", width=64, size=112, margin="cosface", epochs=40, batch_size=512),
-               simmat=dict(steps=30700, batch_size=160)))
+               simmat=dict(steps=30700, batch_size=160),
+               dcface=dict(steps=19100, batch_size=256, weight_decay=.01)))
 PROFILES = {n: Profile(name=n, generator=n, shipped=n == "laptop", missing=PAPER_DATA if n == "paper" else (),
                        **SIZES[n], **TRAINING[n]) for n in SIZES}
 
@@ -175,9 +181,14 @@ def shipped_centres()->Tensor: # [C,512], rows of the classification weight of t
     return load_file(Path(__file__).parent/"weights"/"centres.safetensors")["centres"].float()
 
 @lru_cache
-def shipped_hash(*parts:str)->str: # folders of the shipped pipeline
+def shipped_baseline()->DCFacePipeline:
+    "The baseline that the package carries, on the default device."
+    return shipped_dcface().to(default_device())
+
+@lru_cache
+def shipped_hash(*parts:str)->str: # folders of the shipped weights
     "The first 12 hex digits of SHA-256 over shipped weights. ValueError if there are none."
-    files = [f for p in parts for f in sorted((Path(__file__).parent/"weights"/"generator"/p).glob("*.safetensors"))]
+    files = [f for p in parts for f in sorted((Path(__file__).parent/"weights"/p).glob("*.safetensors"))]
     if not files: raise ValueError("this copy of cemiface carries no weights: add --from-scratch to train them (hours on a CPU)")
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
@@ -235,6 +246,35 @@ class Generator(BaseModel):
         self.run()
         if self.shipped: return shipped_models()
         return CemiFacePipeline.from_pretrained(_folder(self)/"pipeline").to(default_device())
+
+# %% ../nbs/15_experiments.ipynb #a6b79af1
+class Baseline(BaseModel):
+    "DCFace: trained on `faces` from the generator's weights, or shipped."
+    model_config = ConfigDict(extra="forbid")
+    generator: Generator = Field(description="CemiFace, whose weights it starts from")
+    faces: WorldFaces | None = Field(description="training set, and where its styles come from; None for the shipped one")
+    config: DCFaceConfig | None = Field(description="training; None for the shipped one")
+    shipped: str = Field(description="hash of its shipped weights, or empty")
+    infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
+
+    @property
+    def title(self): return "baseline, shipped" if self.shipped else f"baseline, preset {self.generator.preset}"
+    def work(self): return ("load", 1) if self.shipped else ("simmat", self.config.steps * self.config.batch_size)
+
+    @infra.apply
+    def run(self)->dict:
+        if self.shipped: return dict(shipped=self.shipped)
+        faces, start = self.faces.load(), self.generator.load()
+        init = start_from(start, self.config, _folder(self)/"start")
+        unet, conditioner = train_dcface(faces, start.recogniser, GENERATORS[self.generator.preset], self.config, _folder(self)/"train", init, _bars())
+        bank = style_bank(start.recogniser, faces, self.config.cells)
+        DCFacePipeline(unet, conditioner, start.recogniser, start.scheduler, bank).save_pretrained(_folder(self)/"pipeline")
+        return dict(device=default_device())
+
+    def load(self)->DCFacePipeline:
+        self.run()
+        if self.shipped: return shipped_baseline()
+        return DCFacePipeline.from_pretrained(_folder(self)/"pipeline").to(default_device())
 
 # %% ../nbs/15_experiments.ipynb #67283d19
 class Yardstick(BaseModel):
@@ -367,22 +407,25 @@ class GeneratedSet(BaseModel):
     "Algorithm 2 at one m: a folder of PNG files that goes on where it was stopped."
     model_config = ConfigDict(extra="forbid")
     generator: Generator = Field(description="the diffusion model")
+    baseline: Baseline | None = Field(None, description="draws in its place, with m None")
     inquiries: Inquiries = Field(description="one subject each")
     subjects: int = Field(description="how many of them")
     per_subject: int = Field(description="images drawn for each")
     oversample: int = Field(description="copies of the inquiry added")
     steps: int = Field(description="DDIM steps")
-    m: float = Field(description="similarity factor in [-1, 1]")
+    m: float | None = Field(description="similarity factor in [-1, 1]; None with the baseline, which has none")
     seed: int = Field(description="seed of the set")
     infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
 
     @property
-    def title(self): return f"set of {self.subjects} x {self.per_subject} at m = {self.m:g}, seed {self.seed}"
+    def how(self): return "by DCFace" if self.m is None else f"at m = {self.m:g}"
+    @property
+    def title(self): return f"set of {self.subjects} x {self.per_subject} {self.how}, seed {self.seed}"
     def work(self): return "denoise", self.subjects * self.per_subject * self.steps
 
     @infra.apply
     def run(self)->dict:
-        generate_set(self.generator.load(), self.inquiries.faces(self.subjects), self.m, self.per_subject, self.folder,
+        generate_set((self.baseline or self.generator).load(), self.inquiries.faces(self.subjects), self.m, self.per_subject, self.folder,
                      seed=self.seed, steps=self.steps, oversample=self.oversample, progress=_bars())
         return dict(device=default_device())
 
@@ -399,7 +442,7 @@ class SetTraining(BaseModel):
     infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
 
     @property
-    def title(self): return f"recogniser on the set at m = {self.generated.m:g}, seed {self.config.seed}"
+    def title(self): return f"recogniser on the set {self.generated.how}, seed {self.config.seed}"
     def work(self):
         g = self.generated
         return "train", g.subjects * (g.per_subject + g.oversample) * self.config.epochs
@@ -415,20 +458,21 @@ class Samples(BaseModel):
     "Images [m, inquiry, k] under the same noise at every m, with their embeddings."
     model_config = ConfigDict(extra="forbid")
     generator: Generator = Field(description="the diffusion model")
+    baseline: Baseline | None = Field(None, description="draws in its place, with m None")
     inquiries: Inquiries = Field(description="who is asked for")
     count: int = Field(description="how many of them")
     per_inquiry: int = Field(description="images for each at each m")
-    ms: tuple[float, ...] = Field(description="values of m")
+    ms: tuple[float | None, ...] = Field(description="values of m; a single None with the baseline")
     steps: int = Field(description="DDIM steps")
     infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
 
     @property
-    def title(self): return f"samples of {self.count} inquiries x {self.per_inquiry} at {len(self.ms)} values of m"
+    def title(self): return f"samples of {self.count} inquiries x {self.per_inquiry} " + ("by DCFace" if self.ms == (None,) else f"at {len(self.ms)} values of m")
     def work(self): return "denoise", self.count * self.per_inquiry * len(self.ms) * self.steps
 
     @infra.apply
     def run(self)->dict:
-        pipe, kept = self.generator.load(), self.inquiries.load()
+        pipe, kept = (self.baseline or self.generator).load(), self.inquiries.load()
         emb = kept["emb"][:self.count].repeat_interleave(self.per_inquiry, 0)
         seeds, parts = [image_seed(0, i, k) for i in range(self.count) for k in range(self.per_inquiry)], []
         for j, m in enumerate(self.ms):
@@ -444,10 +488,9 @@ class Samples(BaseModel):
 
     def load(self)->dict: return _kept(self)
 
-def draw_all(pipe, emb:Tensor, m:float, seeds:list, steps:int, batch_size:int=64)->Tensor: # uint8 [N,3,S,S]
+def draw_all(pipe, emb:Tensor, m:float|None, seeds:list, steps:int, batch_size:int=64)->Tensor: # uint8 [N,3,S,S]
     "One image for each embedding [N,D] and seed at one m, batch by batch."
-    ends = range(0, len(emb), batch_size)
-    return torch.cat([draw(pipe, emb[i:i + batch_size], [m] * len(emb[i:i + batch_size]), seeds[i:i + batch_size], steps) for i in ends])
+    return torch.cat([draw(pipe, emb[i:i + batch_size], m, seeds[i:i + batch_size], steps) for i in range(0, len(emb), batch_size)])
 
 # %% ../nbs/15_experiments.ipynb #f69a91c7
 class Judged(BaseModel):
@@ -502,12 +545,19 @@ class Study:
     def _of(self, *names): return {n: getattr(self.profile, n) for n in names}
 
     def recogniser(self):
-        if self.shipped: return self._task(Recogniser, faces=None, config=None, shipped=shipped_hash("recogniser"))
+        if self.shipped: return self._task(Recogniser, faces=None, config=None, shipped=shipped_hash("generator/recogniser"))
         return self._task(Recogniser, faces=self.training_faces(), config=self.profile.teacher, shipped="")
 
     def generator(self):
-        faces, simmat, shipped = (None, None, shipped_hash("unet", "conditioner")) if self.shipped else (self.training_faces(), self.profile.simmat, "")
+        faces, simmat, shipped = (None, None, shipped_hash("generator/unet", "generator/conditioner")) if self.shipped else (self.training_faces(), self.profile.simmat, "")
         return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=self.profile.generator, simmat=simmat, shipped=shipped)
+
+    def baseline(self):
+        parts = [f"dcface/{p}" for p in ("unet", "conditioner", "bank")]
+        faces, config, shipped = (None, None, shipped_hash(*parts)) if self.shipped else (self.training_faces(), self.profile.dcface, "")
+        return self._task(Baseline, generator=self.generator(), faces=faces, config=config, shipped=shipped)
+
+    def _drawn_by(self, m): return dict(generator=self.generator()) | (dict(baseline=self.baseline()) if m is None else {})
 
     def student(self, seed): return self.profile.student.model_copy(update=dict(seed=seed))
     def yardstick(self): return self._task(Yardstick, recogniser=self.recogniser(), benchmarks=self.benchmarks())
@@ -522,13 +572,13 @@ class Study:
                           count=self.profile.inquiries, **self._of("candidates", "size"))
     def generated(self, m, seed):
         p = self.profile
-        return self._task(GeneratedSet, generator=self.generator(), inquiries=self.inquiries(), subjects=p.set_subjects,
+        return self._task(GeneratedSet, **self._drawn_by(m), inquiries=self.inquiries(), subjects=p.set_subjects,
                           per_subject=p.set_per_subject, **self._of("oversample", "steps"), m=m, seed=seed)
     def set_training(self, m, seed):
         return self._task(SetTraining, generated=self.generated(m, seed), config=self.student(seed), benchmarks=self.benchmarks())
 
     def samples(self, count, per_inquiry, ms):
-        return self._task(Samples, generator=self.generator(), inquiries=self.inquiries(), count=count,
+        return self._task(Samples, **self._drawn_by(ms[0]), inquiries=self.inquiries(), count=count,
                           per_inquiry=per_inquiry, ms=ms, steps=self.profile.steps)
     def control(self): return self.samples(self.profile.inquiries, 1, self.profile.control_ms)
     def judged(self): return self._task(Judged, samples=self.control(), judge=self.real_training(), benchmarks=self.benchmarks())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'MARK', 'ddim_scheduler', 'denoise', 'similarity_factors', 'identity_embedding', 'as_output',
-           'starting_noise', 'calibrated_m', 'top_level', 'standalone', 'model_card', 'CemiFacePipeline',
+           'starting_noise', 'calibrated_m', 'top_level', 'standalone', 'model_card', 'OwnModels', 'CemiFacePipeline',
            'untrained_pipeline', 'shipped_pipeline', 'sample_embeddings', 'calibrate']
 
 # %% ../nbs/11_pipeline.ipynb #27cdd989
@@ -183,20 +183,9 @@ def model_card(pipe:DiffusionPipeline, # a CemiFacePipeline
         "pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)", "```", "", "## Calibration", "", *table, "",
         "## Licence and use", "", "Not stated here: it follows from the data that the weights were trained on. Faces of real people as inquiries need their consent.", ""])
 
-# %% ../nbs/11_pipeline.ipynb #10160375
-class CemiFacePipeline(DiffusionPipeline):
-    "Faces at similarity m to an inquiry face (Section 3.2.2). Puts the models in evaluation mode."
-    model_cpu_offload_seq = "recogniser->conditioner->unet"
-    _callback_tensor_inputs = ["latents"]
-    own = (Conditioner, IResNet) # models of this package: their source is saved with them
-
-    def __init__(self, unet:UNet2DConditionModel, conditioner:ModelMixin, recogniser:ModelMixin, scheduler:SchedulerMixin,
-                 calibration:dict|None=None, # judge -> curves of `calibrate`
-                ):
-        super().__init__()
-        self.register_modules(unet=unet.eval(), conditioner=conditioner.eval(), recogniser=recogniser.eval(), scheduler=scheduler)
-        self.register_to_config(calibration=calibration)
-
+# %% ../nbs/11_pipeline.ipynb #d07df51c
+class OwnModels:
+    "Saving and loading of a pipeline with models of this package, named in `own`."
     def register_to_config(self, **kwargs)->None:
         "As diffusers does, but our own models by their public name, wherever their class lives."
         ours = lambda v: isinstance(v, tuple) and str(v[0]).split(".")[0] in ("cemiface", "diffusers_modules") and v[1] in [c.__name__ for c in self.own]
@@ -211,11 +200,25 @@ class CemiFacePipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, folder:str|Path, # written by `save_pretrained`
                         **kwargs, # other components, `dtype`: see diffusers
-                       )->"CemiFacePipeline":
+                       )->DiffusionPipeline:
         "Load a saved pipeline. OSError if the folder holds none or its weights are not safetensors."
         if not (Path(folder)/"model_index.json").is_file():
             raise OSError(f"no pipeline in {folder}: it has no model_index.json. Give a folder written by save_pretrained")
         return super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+
+# %% ../nbs/11_pipeline.ipynb #10160375
+class CemiFacePipeline(OwnModels, DiffusionPipeline):
+    "Faces at similarity m to an inquiry face (Section 3.2.2). Puts the models in evaluation mode."
+    model_cpu_offload_seq = "recogniser->conditioner->unet"
+    _callback_tensor_inputs = ["latents"]
+    own = (Conditioner, IResNet) # models of this package: their source is saved with them
+
+    def __init__(self, unet:UNet2DConditionModel, conditioner:ModelMixin, recogniser:ModelMixin, scheduler:SchedulerMixin,
+                 calibration:dict|None=None, # judge -> curves of `calibrate`
+                ):
+        super().__init__()
+        self.register_modules(unet=unet.eval(), conditioner=conditioner.eval(), recogniser=recogniser.eval(), scheduler=scheduler)
+        self.register_to_config(calibration=calibration)
 
     def save_pretrained(self, folder:str|Path, **kwargs)->None:
         "One folder a part; beside the weights the code that diffusers needs where this package is missing, and README.md, unless it is your own."

@@ -6,7 +6,7 @@
 __all__ = ['RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'Finding', 'Result', 'result', 'all_results', 'over_seeds', 'rank_agreement',
            'known_rates', 'note_rate', 'measured_rates', 'bench_rows', 'bench_rates', 'Step', 'plan', 'told',
            'show_plan', 'show_results', 'Inline', 'default_jobs', 'workers', 'run_steps', 'markdown', 'write_finding',
-           'facts', 'page', 'findings_of', 'reproduce', 'summary', 'pack']
+           'facts', 'page', 'findings_of', 'reproduce', 'summary', 'baseline_card', 'pack']
 
 # %% ../nbs/16_reproduction.ipynb #10c67e9f
 import base64, html, io, json, os, platform, signal, time
@@ -23,6 +23,7 @@ from typing import Callable
 
 import pandas as pd
 import torch
+from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 from safetensors.torch import save
 from tqdm.auto import tqdm
@@ -30,6 +31,7 @@ from tqdm.auto import tqdm
 from .backbones import backbone
 from .bench import forward_flops
 from .conditioning import GENERATORS
+from .dcface import save_beside
 from .experiments import Profile, Study, default_device, in_order, parts
 from .pipeline import untrained_pipeline
 from .procfaces import world_faces
@@ -396,17 +398,26 @@ def _refusal(p:Profile, seeds:int)->str:
             f"it needs data that is not here: {'; '.join(p.missing)}. --dry-run shows what it would take")
 
 # %% ../nbs/16_reproduction.ipynb #0d71ba09
+def baseline_card(study:Study)->dict: # training; cosine to the inquiry over the profile's inquiries, one image each
+    "What the card says of the baseline."
+    p, kept = study.profile, study.samples(study.profile.inquiries, 1, (None,)).load()
+    cos = (kept["emb"][0, :, 0] * kept["inquiry_emb"]).sum(-1)
+    return dict(steps=p.dcface.steps, batch_size=p.dcface.batch_size, styles=study.baseline().load().bank.config.images,
+                achieved=round(cos.mean().item(), 3), achieved_std=round(cos.std().item(), 3))
+
 def pack(study:Study, folder:Path, **about)->dict: # the card; `about` is what else it should say
-    "Write what `study` trained as the package ships it: generator/, centres.safetensors and card.json."
+    "Write what `study` trained as the package ships it: generator/, dcface/, centres.safetensors and card.json."
     pipe, centres, accuracy = study.generator().load(), study.recogniser().load()[1], study.yardstick().run()["trained"]
     control, p = study.control().load(), study.profile
     achieved = torch.einsum("mikd,id->mik", control["emb"], control["inquiry_emb"])
     card = dict(command=f"cemiface reproduce --profile {p.name} --from-scratch", device=facts(study, 0)["device"], images=p.train_subjects * p.per_subject,
                 steps=p.simmat.steps, batch_size=p.simmat.batch_size, recogniser_accuracy={k: round(v, 2) for k, v in accuracy.items()},
-                inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())}) | about
+                inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())},
+                dcface=baseline_card(study)) | about
     pipe.unet.half(), pipe.conditioner.half()
-    pipe.save_pretrained(folder/"generator")
-    for path in (folder/"generator").rglob("*.json"): # where the parts were loaded from is nobody's business
+    DiffusionPipeline.save_pretrained(pipe, folder/"generator") # the weights alone, without pipeline code and model card
+    save_beside(study.baseline().load(), folder/"dcface")
+    for path in folder.rglob("*.json"): # where the parts were loaded from is nobody's business
         write_whole(path, json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}, indent=2).encode())
     write_whole(folder/"centres.safetensors", save(dict(centres=centres[:p.subjects].half().cpu().contiguous())))
     write_whole(folder/"card.json", json.dumps(card, indent=1).encode())

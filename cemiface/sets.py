@@ -233,7 +233,7 @@ def checked_images(out:Path, config:dict, progress:bool)->Iterator[tuple]: # row
 # %% ../nbs/12_sets.ipynb #ddad90b2
 def manifest(config:dict, sums:list)->pd.DataFrame: # file, subject, k, seed, m, sampler, sha256
     "One row an image: what made it, and the checksum of its file."
-    m, seed, rows = config["m"], config["seed"], []
+    m, seed, rows = config["m"] or [""], config["seed"], []
     for file, i, k in set_rows(config):
         rows.append((file, i, "", "", "", "inquiry") if isinstance(k, str) else (file, i, k, image_seed(seed, i, k), m[k % len(m)], config["sampler"]))
     return pd.DataFrame(rows, columns=["file", "subject", "k", "seed", "m", "sampler"], dtype=object).assign(sha256=sums)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['image_noise', 'model_hash', 'embed_inquiries', 'inquiry_embeddings', 'environment', 'quiet', 'draw', 'image_runs',
-           'set_config', 'draw_cells', 'generate_set', 'm_grid', 'contact_sheet', 'save_contact_sheet', 'plot_m_grid']
+           'wanted_m', 'set_config', 'draw_cells', 'generate_set', 'm_grid', 'contact_sheet', 'save_contact_sheet',
+           'plot_m_grid']
 
 # %% ../nbs/12_synthesis.ipynb #6675d284
 import hashlib
@@ -89,7 +90,7 @@ def quiet(pipe:CemiFacePipeline):
 # %% ../nbs/12_synthesis.ipynb #ee11e971
 def draw(pipe:CemiFacePipeline,
          emb:Tensor, # [B,D]
-         m:list, # [B]
+         m:float|list|None, # one value, or [B]; None: a pipeline without it, `DCFacePipeline`
          seeds:list, # [B]
          steps:int=20,
         )->Tensor: # uint8 [B,3,S,S] on the CPU
@@ -111,10 +112,18 @@ def image_runs(per_subject:int|list, # images of each subject; or runs of (subje
     return runs
 
 # %% ../nbs/12_synthesis.ipynb #7c2d90b1
-def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list, per_subject:int|list, seed:int, batch_size:int, steps:int, oversample:int, form:str, ext:str)->dict:
+def wanted_m(pipe:CemiFacePipeline, m:float|list|None)->list|None:
+    "Similarity factors as a list; None for a pipeline with a style bank in their place. ValueError for values outside [-1,1], or for what the pipeline does not take."
+    if hasattr(pipe, "bank"):
+        if m is not None: raise ValueError(f"{type(pipe).__name__} has no similarity factor: give m=None")
+        return None
+    if m is None: raise ValueError(f"{type(pipe).__name__} needs a similarity factor: give m in [-1, 1]")
+    similarity_factors(m := np.atleast_1d(m).astype(float).tolist(), len(m))
+    return m
+
+def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list|None, per_subject:int|list, seed:int, batch_size:int, steps:int, oversample:int, form:str, ext:str)->dict:
     "What decides the images of a set, beside generator and inquiries. ValueError for bad settings."
-    m, runs = np.atleast_1d(m).astype(float).tolist(), image_runs(per_subject, len(inquiries))
-    similarity_factors(m, len(m))
+    m, runs = wanted_m(pipe, m), image_runs(per_subject, len(inquiries))
     if batch_size < 1 or oversample < 0: raise ValueError(f"batch_size={batch_size} must be at least 1 and oversample={oversample} at least 0")
     if form not in ("folder", "records") or ext not in ("png", "jpg"): raise ValueError(f"form={form!r}, ext={ext!r}: choose folder or records, and png or jpg")
     if oversample and isinstance(inquiries, Tensor): raise ValueError("embeddings have no image to oversample: pass oversample=0")
@@ -125,13 +134,13 @@ def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list, pe
 # %% ../nbs/12_synthesis.ipynb #1fb04c55
 def draw_cells(pipe:CemiFacePipeline, emb:Tensor, config:dict, cells:list)->Tensor: # uint8 [B,3,S,S]
     "One batch of a set."
-    m = config["m"]
-    return draw(pipe, emb[[i for i, _ in cells]], [m[k % len(m)] for _, k in cells], [image_seed(config["seed"], *c) for c in cells], config["steps"])
+    m = config["m"] and [config["m"][k % len(config["m"])] for _, k in cells]
+    return draw(pipe, emb[[i for i, _ in cells]], m, [image_seed(config["seed"], *c) for c in cells], config["steps"])
 
 # %% ../nbs/12_synthesis.ipynb #5e7a11ed
 def generate_set(pipe:CemiFacePipeline,
                  inquiries:FaceSet|Tensor, # one image a subject; or embeddings [N,D]
-                 m:float|list, # similarity factor; of several, image k gets number k mod their count
+                 m:float|list|None, # similarity factor; of several, image k gets number k mod their count; None with a `DCFacePipeline`, which has none
                  per_subject:int|list, # images to draw of each subject; or runs of (subjects, images), as of `set_plan`
                  out:str|Path, # the set's folder: new, empty, or an unfinished set of this configuration
                  seed:int=0,

@@ -1,18 +1,25 @@
 "The baseline: style statistics, pairs, loss, kill -9 and resume, style bank, pipeline."
-import os, signal, subprocess, sys, textwrap
+import json, os, shutil, signal, subprocess, sys, textwrap
+from pathlib import Path
 import diffusers, pandas as pd, pytest, torch
+from diffusers import UNet2DConditionModel
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 import cemiface
 from cemiface.backbones import backbone
+from cemiface.cards import write_card
 from cemiface.data import FaceSet, to_float
 from cemiface.dcface import (DCFace, DCFaceConditioner, DCFaceConfig, DCFacePipeline, StyleBank, identity_image, identity_loss, patch_statistics,
-                             portraits, start_from, style_bank, style_cells, style_grid, style_map, train_dcface)
-from cemiface.pipeline import ddim_scheduler, untrained_pipeline
+                             load_beside, portraits, save_beside, shipped_dcface, start_from, style_bank, style_cells, style_grid, style_map, train_dcface)
+from cemiface.images import decode_image
+from cemiface.inspection import regenerate, verify_set
+from cemiface.pipeline import ddim_scheduler, identity_embedding, shipped_pipeline, untrained_pipeline
+from cemiface.procfaces import world_faces
+from cemiface.sets import merge_set
 from cemiface.simmat import SimMatConfig, load_generator, train_generator
-from cemiface.synthesis import generate_set, image_noise, image_seed, model_hash
+from cemiface.synthesis import draw, generate_set, image_noise, image_seed, model_hash
 from small import TINY, same, weights
 
 diffusers.utils.logging.disable_progress_bar()
@@ -263,11 +270,12 @@ def test_styles_are_drawn_evenly():
     assert bank.draw(2000, torch.Generator().manual_seed(0)).unique().numel() == 10
 
 
-def test_an_image_depends_on_no_neighbour_and_not_on_m(pipe):
+def test_an_image_depends_on_no_neighbour_and_an_m_is_refused(pipe):
     x = to_float(faces().images[:4])
     draw = lambda rows, **kw: pipe(inquiries=x[rows], generator=seeded(*[7+r for r in rows]), num_inference_steps=2, output_type="pt", **kw).images
     a = draw([0, 1, 2, 3])
-    assert torch.equal(a[[2, 0, 3, 1]], draw([2, 0, 3, 1])) and torch.equal(a, draw([0, 1, 2, 3], m=.7))
+    assert torch.equal(a[[2, 0, 3, 1]], draw([2, 0, 3, 1]))
+    with pytest.raises(ValueError, match="no similarity factor: leave m out"): draw([0, 1, 2, 3], m=0.)
     assert not torch.equal(a, pipe(inquiries=x, generator=seeded(1, 2, 3, 4), num_inference_steps=2, output_type="pt").images)
 
 
@@ -295,18 +303,75 @@ def test_saved_and_loaded(pipe, tmp_path):
     with pytest.raises(OSError, match="no model_index.json"): DCFacePipeline.from_pretrained(tmp_path/"nowhere")
 
 
+def make(pipe, out, m=None, **kw):
+    return generate_set(pipe, faces(3, 1), m, 3, out, **dict(dict(batch_size=4, steps=2, oversample=1, progress=False), **kw))
+
+
 def test_a_set_is_drawn_as_with_the_other_pipeline(pipe, tmp_path):
-    inquiries = faces(3, 1)
-    out = generate_set(pipe, inquiries, 0., 3, tmp_path/"a", batch_size=4, steps=2, oversample=1, progress=False)
+    out = make(pipe, tmp_path/"a")
     table = pd.read_csv(out/"manifest.csv")
-    assert table.subject.tolist() == [i for i in range(3) for _ in range(4)]
+    assert table.subject.tolist() == [i for i in range(3) for _ in range(4)] and table.m.isna().all()
+    assert json.loads((out/"set.json").read_text())["config"]["m"] is None
     victim = out/"000001/0002.png"
     before = victim.read_bytes()
     victim.unlink()
-    generate_set(pipe, inquiries, 0., 3, out, batch_size=4, steps=2, oversample=1, progress=False)
+    make(pipe, out)
     assert victim.read_bytes() == before
-    other = generate_set(untrained_pipeline(TINY, recogniser()), inquiries, 0., 3, tmp_path/"b", batch_size=4, steps=2, oversample=1, progress=False)
+    other = make(untrained_pipeline(TINY, recogniser()), tmp_path/"b", 0.)
     assert sorted(p.relative_to(out) for p in out.rglob("*.png")) == sorted(p.relative_to(other) for p in other.rglob("*.png"))
+
+
+def test_a_set_does_not_depend_on_batches_and_shares(pipe, tmp_path):
+    one, other = make(pipe, tmp_path/"one"), make(pipe, tmp_path/"other", batch_size=9)
+    for k in (1, 0): make(pipe, tmp_path/"shares", shard=(k, 2))
+    merge_set(tmp_path/"shares")
+    files = lambda out: {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert files(tmp_path/"shares") == files(one)
+    pixels = lambda out: torch.stack([decode_image(p.read_bytes(), p.name) for p in sorted(out.glob("*/*.png"))]).int()
+    assert (pixels(one)-pixels(other)).abs().max() <= 1
+    images = pixels(one).view(3, 4, -1)[:, :3].flatten(0, 1)
+    assert len(images.unique(dim=0)) == 9  # every image has noise and a style of its own
+
+
+def test_a_set_without_m_is_verified_regenerated_and_described(pipe, tmp_path):
+    out = make(pipe, tmp_path/"set")
+    assert not len(verify_set(out)) and regenerate(out, pipe, "1/2").same
+    assert "| similarity factor m | none |" in write_card(out, pipe.recogniser, "E").read_text()
+
+
+def test_m_and_pipeline_have_to_fit(pipe, tmp_path):
+    with pytest.raises(ValueError, match="DCFacePipeline has no similarity factor: give m=None"): make(pipe, tmp_path/"a", 0.)
+    with pytest.raises(ValueError, match="CemiFacePipeline needs a similarity factor"): make(untrained_pipeline(TINY, recogniser()), tmp_path/"a")
+    assert not (tmp_path/"a").exists()
+
+
+def test_what_is_the_baselines_own_is_stored_once(pipe, tmp_path):
+    cemi = untrained_pipeline(TINY, recogniser())
+    whole = DCFacePipeline(UNet2DConditionModel.from_config(pipe.unet.config), DCFaceConditioner.from_config(pipe.conditioner.config), cemi.recogniser, cemi.scheduler, StyleBank.from_config(pipe.bank.config))
+    for name in ("unet", "conditioner", "bank"): getattr(whole, name).load_state_dict(getattr(pipe, name).state_dict())
+    save_beside(whole, tmp_path)
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".safetensors"} and not (tmp_path/"recogniser").exists()
+    again = load_beside(tmp_path, cemi)
+    assert again.recogniser is cemi.recogniser and again.scheduler is cemi.scheduler
+    for name in ("unet", "conditioner", "bank"):
+        for a, b in zip(getattr(again, name).parameters(), getattr(pipe, name).parameters(), strict=True): assert a.dtype == torch.float32 and torch.equal(a, b.half().float())
+    shutil.rmtree(tmp_path/"bank")
+    with pytest.raises(OSError): load_beside(tmp_path, cemi)
+
+
+def test_shipped_baseline(monkeypatch, tmp_path):
+    pipe, cemi = shipped_dcface(), shipped_pipeline()
+    assert model_hash(pipe) == model_hash(shipped_dcface()) and len(pipe.bank.statistics) >= 200
+    assert all(torch.equal(a, b) for a, b in zip(pipe.recogniser.state_dict().values(), cemi.recogniser.state_dict().values(), strict=True))
+    weights = Path(cemiface.__file__).parent/"weights"
+    assert sum(p.stat().st_size for p in (weights/"dcface").rglob("*")) < 8*2**20
+    faces = world_faces("webface_1shot", 16, 1, 32, first=70_000).images
+    emb = identity_embedding(pipe.recogniser, to_float(faces), None)
+    drawn = draw(pipe, emb, None, list(range(16)), steps=5)
+    cos = identity_embedding(pipe.recogniser, to_float(drawn), None) @ emb.T
+    assert (cos.argmax(1) == torch.arange(16)).float().mean() > .9  # who was asked for is recognised among sixteen
+    monkeypatch.setattr(cemiface, "__file__", str(tmp_path/"__init__.py"))
+    with pytest.raises(OSError, match="install a release that holds them"): shipped_dcface()
 
 
 def test_grid(pipe):

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from cemiface import experiments
 from cemiface.backbones import backbone, forward_flops
 from cemiface.conditioning import GENERATORS
+from cemiface.data import open_faces
+from cemiface.dcface import load_beside
 from cemiface.experiments import PROFILES, Study, in_order
 from cemiface.pipeline import CemiFacePipeline, untrained_pipeline
 from cemiface.reproduction import Finding, bench_rates, pack, reproduce
@@ -155,6 +157,22 @@ def test_a_change_up_the_chain_means_another_task(tmp_path):
     assert small.set_training(0.0, 0).infra.uid() != small.set_training(0.0, 1).infra.uid()
 
 
+def test_a_recogniser_is_trained_on_a_set_of_the_baseline(killed):
+    study = Study("smoke", killed[0], seeds=1)
+    task = study.set_training(None, 0)
+    assert {"baseline, preset smoke", "set of 8 x 6 by DCFace, seed 0", "recogniser on the set by DCFace, seed 0"} <= {t.title for t in in_order([task])}
+    found = task.run()
+    assert found["images"] == 8 * (6 + 2) and found["subjects"] == 8 and 0 <= found["accuracy"]["AVG"] <= 100
+    table = pd.read_csv(task.generated.folder / "manifest.csv")
+    assert table.m.isna().all() and (table.sampler != "inquiry").sum() == 48
+    kept, cemi = study.samples(3, 2, (None,)).load(), study.samples(3, 2, (0.0,)).load()
+    assert kept["images"].shape == cemi["images"].shape == (1, 3, 2, 3, 16, 16) and not torch.equal(kept["images"], cemi["images"])
+    drawn = open_faces(task.generated.folder, 16)  # an image's seed is that of its place, in samples as in sets
+    assert (drawn.images[drawn.labels == 0][:2].int() - kept["images"][0, 0].int()).abs().max() <= 1
+    start, own = study.generator().load().unet.state_dict(), study.baseline().load().unet.state_dict()
+    assert all(a.shape == b.shape for a, b in zip(start.values(), own.values(), strict=True)) and any(not torch.equal(a, b) for a, b in zip(start.values(), own.values()))
+
+
 def test_packed_weights_are_what_was_trained(killed, tmp_path):
     study = Study("smoke", killed[0], seeds=1)
     card = pack(study, tmp_path)
@@ -167,6 +185,11 @@ def test_packed_weights_are_what_was_trained(killed, tmp_path):
     assert torch.equal(load_file(tmp_path / "centres.safetensors")["centres"], centres.half())
     assert torch.allclose(pipe.scheduler.alphas_cumprod, trained.scheduler.alphas_cumprod)
     assert not any(str(killed[0]) in path.read_text() for path in tmp_path.rglob("*.json"))  # no path of the machine that packed it
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".safetensors"}  # the code is the package's own
+    baseline, own = load_beside(tmp_path / "dcface", pipe), study.baseline().load()
+    for name in ("unet", "conditioner", "bank"):
+        assert all(torch.equal(a, b.half().float()) for a, b in zip(getattr(baseline, name).parameters(), getattr(own, name).parameters(), strict=True))
+    assert card["dcface"]["steps"] == 30 and card["dcface"]["styles"] == 240 and -1 <= card["dcface"]["achieved"] <= 1
     assert list(card["achieved"]) == ["1", "0.6", "0.3", "0", "-0.3", "-0.6", "-1"] and 0 <= card["recogniser_accuracy"]["AVG"] <= 100
 
 
