@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'DEMO_MS', 'Sets', 'SkipDamaged', 'MinPerSubject', 'reproduce', 'demo', 'generate', 'verification_sets',
            'accuracies', 'train_recogniser', 'own_pairs', 'write_verification', 'verify', 'classifier_weights',
-           'groups', 'train_generator']
+           'groups', 'settings_of', 'settings_table', 'train_generator']
 
 # %% ../nbs/17_cli.ipynb #8bd6270b
 import os
@@ -106,13 +106,17 @@ def _wishes(pipe, m:str|None, similarity:float|None, plan:str|None, scale:float,
     from cemiface.pipeline import calibrated_m, similarity_factors
     from cemiface.sets import set_plan
     if sum(v is not None for v in (m, similarity, plan)) > 1: raise ValueError("--m, --similarity and --plan each choose m: give one of them")
-    if plan is not None: return {k: v for k, v in set_plan(plan, scale).items() if k in ("m", "per_subject")}
+    planned = dict(per_subject=per_subject) if plan is None else {k: v for k, v in set_plan(plan, scale).items() if k in ("m", "per_subject")}
+    if hasattr(pipe, "bank"):
+        if m is not None or similarity is not None: raise ValueError("DCFace draws at no chosen similarity: leave --m and --similarity out")
+        return planned | dict(m=None)
+    if plan is not None: return planned
     if similarity is not None: ms = calibrated_m(pipe.config.calibration, similarity, type(pipe.scheduler).__name__, steps).tolist()
     else:
         try: ms = [float(v) for v in (m or "0").split(",")]
         except ValueError: raise ValueError(f"--m {m}: give a number in [-1, 1], or several with commas") from None
     similarity_factors(ms, len(ms))
-    return dict(m=ms, per_subject=per_subject)
+    return planned | dict(m=ms)
 
 def _inquiries_of(source:str, pipe, runs:int|list, subjects:int|None, threshold:float, judge:Path|None, seed:int): # FaceSet or embeddings
     "The inquiries of a set: every two of them different, and as many as a plan needs."
@@ -143,7 +147,7 @@ def generate(
     plan: Annotated[Optional[str], typer.Option(help="one of the paper's sets, such as 0.5M: subjects, images of each, m")] = None,
     scale: Annotated[float, typer.Option(help="share of the plan's subjects, at most 1")] = 1.0,
     per_subject: Annotated[int, typer.Option(min=1, help="images drawn for each inquiry")] = 50,
-    model: Annotated[Optional[Path], typer.Option(help="generator folder; default: the shipped one")] = None,
+    model: Annotated[Optional[Path], typer.Option(help="generator folder, or the word dcface for the shipped baseline; default: the shipped generator")] = None,
     size: Annotated[Optional[int], typer.Option(help="pixels; has to be the generator's own size, which is the default")] = None,
     subjects: Annotated[Optional[int], typer.Option(min=1, help="use so many inquiries")] = None,
     threshold: Annotated[float, typer.Option(help="keep inquiries whose cosine to each other is below this (the paper: 0.3); 1 keeps all")] = 1.0,
@@ -169,7 +173,7 @@ def generate(
     from cemiface.sets import current_share
     from cemiface.synthesis import generate_set
     device, share = pick_device(device), current_share()
-    pipe = open_pipeline(model, device, sampler, "bfloat16" if precision == "bf16" or precision is None and device.startswith("cuda") else "float32")
+    pipe = open_pipeline(model, device, sampler, precision and dict(no="float32", bf16="bfloat16")[precision])
     native = pipe.unet.config.sample_size
     if size not in (None, native): raise ValueError(f"--size {size}: this generator draws {native} pixels; leave --size out or give another --model")
     wanted = _wishes(pipe, m, similarity, plan, scale, per_subject, steps)
@@ -179,7 +183,8 @@ def generate(
     generate_set(pipe, faces, **wanted, out=out, seed=seed, batch_size=batch_size, steps=steps, oversample=oversample, form=form, shard=share)
     if share[1] > 1: return typer.echo(f"share {share[0] + 1} of {share[1]} is drawn; when all are: cemiface set merge {out}")
     runs = [(len(faces), per_subject)] if plan is None else wanted["per_subject"]
-    typer.echo(f"{' and '.join(f'{n} subjects of {k} images' for n, k in runs)} at m = {', '.join(f'{v:.3g}' for v in wanted['m'])}, and {oversample} copies of each inquiry, {native} px, are in {out}\n"
+    at = f"at m = {', '.join(f'{v:.3g}' for v in wanted['m'])}" if wanted["m"] else "by DCFace"
+    typer.echo(f"{' and '.join(f'{n} subjects of {k} images' for n, k in runs)} {at}, and {oversample} copies of each inquiry, {native} px, are in {out}\n"
                f"Train on them: cemiface train-recogniser --data {out} --out MODEL")
 
 # %% ../nbs/17_cli.ipynb #dcc931e5
@@ -379,38 +384,99 @@ def groups(
     typer.echo(f"{len(faces)} images of {faces.n_subjects} subjects, 0 = most similar: images.csv, groups.csv and groups.png are in {out}" +
                (f"\nTrain on one: cemiface train-recogniser --data {out/f'group_{n_groups // 2}'}{'.txt' * (write == 'list')}" if write else ""))
 
+# %% ../nbs/17_cli.ipynb #bdbc834a
+def _trainers()->dict: # name of a method -> its settings, where a profile keeps them, training, and what is made of it
+    "What `train-generator` can train."
+    from cemiface.dcface import DCFacePipeline, style_bank, train_dcface
+    from cemiface.pipeline import CemiFacePipeline
+    from cemiface.simmat import train_generator as train_simmat
+    return dict(simmat=(train_simmat, lambda parts, faces: CemiFacePipeline(*parts)),
+                dcface=(train_dcface, lambda parts, faces: DCFacePipeline(*parts, style_bank(parts[2], faces, parts[1].config.cells))))
+
+def _start(init:Path|None, method:str, config, out:Path)->Path|None: # a folder that the training can start from
+    "Where a training begins: the baseline may begin at a CemiFace generator, as the paper's comparison wants both to know as much."
+    from cemiface.dcface import start_from
+    from cemiface.pipeline import CemiFacePipeline
+    if init is None: return None
+    pipe = open_pipeline(init, "cpu")
+    if method == "dcface" and isinstance(pipe, CemiFacePipeline): return start_from(pipe, config, out/"start")
+    return init/"pipeline" if (init/"pipeline").is_dir() else init
+
+def settings_of(config, changes:list[str]): # the same kind of settings
+    "Settings with NAME=VALUE changes. ValueError for one that does not exist, or a value that does not fit."
+    import json
+    asked = {}
+    for change in changes:
+        name, found, value = change.partition("=")
+        if not found or name not in type(config).model_fields: raise ValueError(f"--set {change}: write NAME=VALUE with a name that --list-settings shows")
+        try: asked[name] = json.loads(value)
+        except ValueError: asked[name] = None if value.lower() == "none" else value
+    return type(config).model_validate(config.model_dump() | asked)
+
+def settings_table(config)->str: # name, value, description, a line each
+    "Every setting, with its value."
+    fields = type(config).model_fields.items()
+    return "\n".join(f"{name:<16} {str(getattr(config, name)):<14} {field.description}" for name, field in fields)
+
 # %% ../nbs/17_cli.ipynb #ef1984a3
 @app.command()
 @one_line_errors
 def train_generator(
-    data: Faces,
-    recogniser: Annotated[Path, typer.Option(help="recogniser folder (E_id), or the word shipped")],
+    data: Annotated[Optional[str], typer.Option(help="training faces: folder SUBJECT/*.jpg|png, InsightFace record folder, list file, or proc:WORLD; only dcface uses their labels")] = None,
+    recogniser: Annotated[Path, typer.Option(help="recogniser folder (E_id), public checkpoint file, or the word shipped")] = Path("shipped"),
     out: Out = Path("my_generator"),
+    method: Annotated[Literal["simmat", "dcface"], typer.Option(help="simmat: the paper's generator; dcface: the baseline")] = "simmat",
     preset: Annotated[Literal["smoke", "laptop", "gpu", "paper"], typer.Option(help="size of the UNet; its image size has to be the recogniser's")] = "laptop",
     steps: Annotated[Optional[int], typer.Option(min=1, help="training steps; default: the profile's")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(min=1, help="images a step; default: the profile's")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="images a step, over all processes; default: the profile's")] = None,
+    precision: Annotated[Optional[Literal["no", "bf16"]], typer.Option(help="mixed precision; default: bf16 with CUDA, else no")] = None,
+    changes: Annotated[Optional[list[str]], typer.Option("--set", help="NAME=VALUE of any other setting; repeat for several")] = None,
+    list_settings: Annotated[bool, typer.Option("--list-settings", help="print every setting of this method and preset, and stop")] = False,
+    init: Annotated[Optional[Path], typer.Option(help="generator folder to start from; default: random weights")] = None,
+    sample_every: Annotated[int, typer.Option(min=0, help="steps between two pictures in train/samples; 0: none")] = 0,
+    log_with: Annotated[Optional[str], typer.Option(help="tracker, as accelerate names it: tensorboard, wandb ...")] = None,
     subjects: Subjects = None,
     per_subject: PerSubject = None,
     strict: Strict = False,
     seed: Seed = 0,
     device: Device = None,
 ):
-    """Train the diffusion model with similarity matching (Section 3.2.1, Algorithm 1). Needs no labels.
+    """Train the diffusion model with similarity matching (Section 3.2.1, Algorithm 1), or the baseline DCFace.
+
+    The same command goes on after a kill. On several GPUs: accelerate launch -m cemiface train-generator ...
 
     Example: cemiface train-generator --data my_faces --recogniser my_model --out my_generator --preset laptop
+
+    Example, a row of Table 13: cemiface train-generator --data my_faces --set similarity=euclidean --set interval=0.06 --out euclidean
     """
+    import io
+    import matplotlib
+    matplotlib.use("Agg")
+    import pandas as pd
     from cemiface.conditioning import GENERATORS
     from cemiface.experiments import PROFILES
-    from cemiface.pipeline import CemiFacePipeline, ddim_scheduler
-    from cemiface.simmat import train_generator as train
+    from cemiface.images import write_whole
+    from cemiface.pipeline import ddim_scheduler
+    from cemiface.simmat import PACE, plot_training
+    train, pipeline = _trainers()[method]
+    device = pick_device(device)
+    quick = dict(precision="bf16", channels_last=True) if device.startswith("cuda") else {}
+    asked = dict(steps=steps, batch_size=batch_size, precision=precision, seed=seed, sample_every=sample_every)
+    config = settings_of(getattr(PROFILES[preset], method).model_copy(update=quick | {k: v for k, v in asked.items() if v is not None}), changes or [])
+    if list_settings: return typer.echo(settings_table(config))
+    if data is None: raise ValueError("--data is missing: name the training faces")
     network = open_recogniser(recogniser, device)
-    config, size = GENERATORS[preset], network.config.size
-    if config.size != size: raise ValueError(f"preset {preset} draws {config.size} pixels, but {recogniser} takes {size}: choose another --preset or --recogniser")
+    sizes, size = GENERATORS[preset], network.config.size
+    if sizes.size != size: raise ValueError(f"preset {preset} draws {sizes.size} pixels, but {recogniser} takes {size}: choose another --preset or --recogniser")
     faces = open_named(data, size, subjects, per_subject, seed, strict=strict)
-    asked = {k: v for k, v in dict(steps=steps, batch_size=batch_size, seed=seed).items() if v is not None}
-    simmat = PROFILES[preset].simmat.model_copy(update=asked)
-    claim(out, "train-generator", data=named_path(data), recogniser=str(recogniser), preset=preset, images=len(faces), **simmat.model_dump())
-    unet, conditioner = train(faces, network, config, simmat, out/"train")
-    CemiFacePipeline(unet, conditioner, network, ddim_scheduler(simmat.snr_scale, simmat.T, simmat.prediction)).save_pretrained(out/"pipeline")
-    typer.echo(f"{simmat.steps} steps of {simmat.batch_size} images out of {len(faces)}; the generator is in {out/'pipeline'}\n"
-               f"Draw a set: cemiface generate --inquiry proc:webface_1shot --m 0 --model {out} --out SET")
+    claim(out, "train-generator", data=named_path(data), recogniser=str(recogniser), method=method, preset=preset, images=len(faces), init=str(init),
+          **config.model_dump(exclude=set(PACE)))
+    unet, conditioner = train(faces, network, sizes, config, out/"train", _start(init, method, config, out), log_with=log_with)
+    if int(os.environ.get("RANK", 0)): return # one of several processes speaks
+    made = pipeline((unet, conditioner, network, ddim_scheduler(config.snr_scale, config.T, config.prediction)), faces)
+    made.save_pretrained(out/"pipeline")
+    buffer = io.BytesIO()
+    plot_training(pd.read_csv(out/"train/log.csv")).savefig(buffer, format="png")
+    write_whole(out/"training.png", buffer.getvalue())
+    typer.echo(f"{config.steps} steps of {config.batch_size} images out of {len(faces)}; the generator is in {out/'pipeline'}, its losses in {out/'training.png'}\n"
+               f"Draw a set: cemiface generate --inquiry proc:webface_1shot{' --m 0' * (method == 'simmat')} --model {out} --out SET")

@@ -243,21 +243,21 @@ def set_merge(folder: Annotated[Path, typer.Argument(help="a set that several pr
     typer.echo(f"{merge_set(folder)} is finished")
 
 # %% ../nbs/16_commands.ipynb #9841d19d
-def open_pipeline(model:Path|None, device:str, sampler:str|None=None, precision:str="float32"):
-    "A pipeline folder, a `train-generator` folder, or the shipped one; with another sampler, and a UNet that computes in `precision`."
-    import torch
+def open_pipeline(model:Path|None, device:str, sampler:str|None=None, precision:str|None=None):
+    "A pipeline folder, a `train-generator` folder, the shipped one or the shipped baseline; with another sampler or precision."
     from diffusers.utils.logging import disable_progress_bar
-    from cemiface.pipeline import SAMPLERS, CemiFacePipeline, shipped_pipeline
+    from cemiface.dcface import DCFacePipeline, shipped_dcface
+    from cemiface.pipeline import SAMPLERS, CemiFacePipeline, place, shipped_pipeline
     disable_progress_bar() # a bar for four files
-    if model is None: pipe = shipped_pipeline().to(device)
+    if model is None: pipe = shipped_pipeline()
+    elif str(model) == "dcface" and not model.exists(): pipe = shipped_dcface()
     else:
         folder = model/"pipeline" if (model/"pipeline").is_dir() else model
         if not (folder/"model_index.json").exists(): raise ValueError(f"{model} holds no generator (no model_index.json): give a folder made by train-generator")
-        pipe = CemiFacePipeline.from_pretrained(folder).to(device)
+        kind = json.loads((folder/"model_index.json").read_bytes()).get("_class_name")
+        pipe = (DCFacePipeline if kind == "DCFacePipeline" else CemiFacePipeline).from_pretrained(folder)
     if sampler: pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
-    layout = torch.channels_last if device.startswith("cuda") else torch.preserve_format
-    torch.nn.Module.to(pipe.unet, getattr(torch, precision), memory_format=layout) # diffusers' own `to` warns of nothing
-    return pipe
+    return place(pipe, device, precision)
 
 @set_app.command("regenerate")
 @one_line_errors

@@ -10,6 +10,7 @@ __all__ = ['style_map', 'patch_statistics', 'style_cells', 'DCFaceConditioner', 
 # %% ../nbs/13_dcface.ipynb #2ff83b2b
 import math
 from pathlib import Path
+from typing import Any
 
 import cemiface, torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
@@ -173,11 +174,12 @@ def train_dcface(
     out:str|Path,              # gets unet/, conditioner/, scheduler/, log.csv, state.safetensors
     init:str|Path|None=None,   # start from the weights in this folder
     progress:bool=True,        # show a bar
+    log_with:Any=None,         # trackers, as of `train_generator`
 )->tuple[UNet2DConditionModel, DCFaceConditioner]: # moving averages, on the CPU
     "Train the baseline with the loop of Algorithm 1. The same call goes on where an interrupted one stopped. ValueError for faces without pairs, and as `train_generator`."
     if not isinstance(recogniser, IResNet): raise ValueError(f"{type(recogniser).__name__} has no first stage to take a style from: give an IResNet")
     if len(faces)==faces.n_subjects: raise ValueError(f"{faces.name} has one image a subject: DCFace learns from pairs of one subject, so give labelled faces with several images each")
-    return train_generator(faces, recogniser, generator, config, out, init, progress, DCFace)
+    return train_generator(faces, recogniser, generator, config, out, init, progress, DCFace, log_with)
 
 # %% ../nbs/13_dcface.ipynb #31eb9fae
 @torch.no_grad()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'MARK', 'ddim_scheduler', 'denoise', 'similarity_factors', 'identity_embedding', 'as_output',
            'starting_noise', 'calibrated_m', 'top_level', 'standalone', 'model_card', 'OwnModels', 'CemiFacePipeline',
-           'untrained_pipeline', 'shipped_pipeline', 'sample_embeddings', 'calibrate']
+           'untrained_pipeline', 'place', 'shipped_pipeline', 'sample_embeddings', 'calibrate']
 
 # %% ../nbs/11_pipeline.ipynb #27cdd989
 import ast
@@ -285,6 +285,18 @@ def untrained_pipeline(config:GeneratorConfig, # sizes of the generator
         torch.manual_seed(seed)
         recogniser = recogniser or backbone("ir18", size=config.size, width=16, emb_dim=config.emb_dim)
         return CemiFacePipeline(face_unet(config), face_conditioner(config), recogniser, ddim_scheduler())
+
+# %% ../nbs/11_pipeline.ipynb #c6f25c9e
+def place(pipe:DiffusionPipeline,
+          device:str|torch.device,
+          precision:str|None=None, # of the UNet: float32, bfloat16; None: bfloat16 on a GPU, else float32
+         )->DiffusionPipeline: # the same one
+    "Move a pipeline to where it works."
+    gpu = torch.device(device).type == "cuda"
+    dtype = getattr(torch, precision or ("bfloat16" if gpu else "float32"))
+    layout = torch.channels_last if gpu else torch.preserve_format
+    torch.nn.Module.to(pipe.to(device).unet, dtype, memory_format=layout) # diffusers' own `to` warns of nothing
+    return pipe
 
 # %% ../nbs/11_pipeline.ipynb #89a1694d
 def shipped_pipeline()->CemiFacePipeline:

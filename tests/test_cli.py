@@ -254,6 +254,30 @@ def test_groups_of_own_folder(folder, model, tmp_path):
     assert Image.open(out / "groups.png").size[0] > 100
 
 
+def test_generator_with_settings_of_a_table(folder, model, generator, tmp_path):
+    words = ("train-generator", "--data", folder, "--recogniser", model, "--preset", "smoke", "--batch-size", 8, "--set", "similarity=euclidean", "--set", "interval=none", "--set", "m_span=[0, 1]")
+    said = ok(*words, "--steps", 3, "--out", tmp_path / "one", "--init", generator, "--sample-every", 2, "--log-with", "tensorboard")
+    assert "3 steps of 8 images" in said and Image.open(tmp_path / "one" / "training.png").size[0] > 300
+    assert (tmp_path / "one" / "train" / "samples" / "0000002.png").exists() and list((tmp_path / "one").rglob("events.out*"))
+    about = json.loads((tmp_path / "one" / "command.json").read_text())
+    assert (about["similarity"], about["interval"], about["m_span"]) == ("euclidean", None, [0., 1.])
+    ok(*words, "--steps", 4, "--out", tmp_path / "one", "--init", generator)  # more steps go on
+    assert "another similarity" in error(2, *words, "--set", "similarity=cosine", "--out", tmp_path / "one", "--init", generator)
+    assert "--list-settings" in error(2, *words, "--set", "lamda=1", "--out", tmp_path / "two")
+    assert "greater than 0" in error(2, *words, "--set", "interval=-1", "--out", tmp_path / "two")
+    assert "lambda_simmat" in ok("train-generator", "--preset", "smoke", "--list-settings")
+
+
+def test_baseline_is_trained_and_draws(folder, model, generator, tmp_path):
+    words = ("train-generator", "--method", "dcface", "--data", folder, "--recogniser", model, "--preset", "smoke", "--steps", 2, "--batch-size", 8, "--init", generator, "--out", tmp_path / "dcface")
+    assert "--m 0" not in ok(*words)
+    draw = ("generate", "--inquiry", folder, "--per-subject", 2, "--model", tmp_path / "dcface", "--steps", 1, "--oversample", 1)
+    assert "4 subjects of 2 images by DCFace" in ok(*draw, "--out", tmp_path / "set")
+    assert "is whole" in ok("set", "verify", tmp_path / "set")
+    assert "the same file" in ok("set", "regenerate", tmp_path / "set", "--image", "2/1", "--model", tmp_path / "dcface")
+    assert "leave --m" in error(2, *draw, "--m", 0, "--out", tmp_path / "other")
+
+
 def test_generate_and_go_on(folder, generator, tmp_path):
     out = tmp_path / "set"
     words = ("generate", "--inquiry", folder, "--m", 0, "--per-subject", 3, "--out", out, "--model", generator, "--steps", 2, "--oversample", 1)
