@@ -11,6 +11,7 @@ __all__ = ['image_noise', 'model_hash', 'embed_inquiries', 'inquiry_embeddings',
 import hashlib
 import json
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,7 @@ def image_noise(seeds:list, # one an image
                )->Tensor: # [B,3,size,size] standard normal, float32
     "Starting noise, each image from a stream of its own: the same on every device and in every order."
     draw = lambda seed: np.random.Generator(np.random.PCG64(int(seed))).standard_normal((3, size, size), dtype=np.float32)
-    return torch.from_numpy(np.stack([draw(seed) for seed in seeds]))
+    with ThreadPoolExecutor(4) as pool: return torch.from_numpy(np.stack(list(pool.map(draw, seeds)))) # a GPU waits for it
 
 # %% ../nbs/12_synthesis.ipynb #a0c99357
 def model_hash(pipe:CemiFacePipeline)->str: # hex
