@@ -477,14 +477,15 @@ def plot_training(
 )->plt.Figure:
     "Losses over the steps, overall and by band of time steps, and the slope of s over m by band; dashed: the slope of least SimMat loss, the band's mean gamma_t."
     name = next(c for c in log if c.startswith("loss_") and c!="loss_mse" and not c[-1].isdigit())
-    panels = dict(mse="noise", **{name: "SimMat" if name=="loss_simmat" else name}, slope="slope of s over m")
     with figure_style():
-        fig, axes = plt.subplots(1, 3, figsize=(8.2, 2.7))
-        for ax, (kind, title) in zip(axes, panels.items()):
+        fig, axes = plt.subplots(1, 3, figsize=(7.8, 2.3))
+        for ax, kind, title in zip(axes, ("mse", name, "slope"), ("loss_mse", name, "slope of s over m")):
             for k, colour in enumerate(plt.cm.viridis(np.linspace(0, .9, BANDS))):
                 if f"{kind}_{k}" in log: ax.plot(log["step"], log[f"{kind}_{k}"], color=colour, label=f"{k/BANDS:g} to {(k+1)/BANDS:g}")
                 if kind=="slope" and name=="loss_simmat": ax.axhline((k+.5)/BANDS, color=colour, linestyle="--", linewidth=.8)
             ax.set(title=title, xlabel="step")
         for ax, whole in zip(axes, ("loss_mse", name)): ax.plot(log["step"], log[whole], "k", label="all")
-        axes[0].set(yscale="log"), axes[1].legend(title="t / T")
+        axes[0].set(yscale="log")
+        lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+        fig.legend(lines.values(), lines, title="t / T", loc="outside right center")
     return fig
