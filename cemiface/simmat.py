@@ -128,7 +128,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     accumulate:int = Field(1, ge=1, description="pieces that a process computes its part of a step in, one after another: less memory")
     checkpointing:bool = Field(False, description="compute the UNet's activations again on the way back: less memory, more time")
     channels_last:bool = Field(False, description="memory layout of UNet and images; faster on a GPU with bf16")
-    compile:bool = Field(False, description="compile the UNet; needs a C++ compiler or CUDA's")
+    compile:bool = Field(False, description="compile the UNet: minutes at the start; needs a C++ compiler or CUDA's")
     seed:int = Field(0, ge=0, description="of weights, order and noise")
     log_every:int = Field(100, ge=1, description="steps a row of log.csv")
     save_every:float = Field(120., ge=0, description="seconds between two states, saved at a row of the log")
