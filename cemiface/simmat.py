@@ -128,7 +128,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     accumulate:int = Field(1, ge=1, description="pieces that a process computes its part of a step in, one after another: less memory")
     checkpointing:bool = Field(False, description="compute the UNet's activations again on the way back: less memory, more time")
     channels_last:bool = Field(False, description="memory layout of UNet and images; faster on a GPU with bf16")
-    compile:bool = Field(False, description="compile the UNet; needs a C++ compiler or CUDA's")
+    compile:bool = Field(False, description="compile the UNet: minutes at the start; needs a C++ compiler or CUDA's")
     seed:int = Field(0, ge=0, description="of weights, order and noise")
     log_every:int = Field(100, ge=1, description="steps a row of log.csv")
     save_every:float = Field(120., ge=0, description="seconds between two states, saved at a row of the log")
@@ -477,14 +477,15 @@ def plot_training(
 )->plt.Figure:
     "Losses over the steps, overall and by band of time steps, and the slope of s over m by band; dashed: the slope of least SimMat loss, the band's mean gamma_t."
     name = next(c for c in log if c.startswith("loss_") and c!="loss_mse" and not c[-1].isdigit())
-    panels = dict(mse="noise", **{name: "SimMat" if name=="loss_simmat" else name}, slope="slope of s over m")
     with figure_style():
-        fig, axes = plt.subplots(1, 3, figsize=(8.2, 2.7))
-        for ax, (kind, title) in zip(axes, panels.items()):
+        fig, axes = plt.subplots(1, 3, figsize=(7.8, 2.3))
+        for ax, kind, title in zip(axes, ("mse", name, "slope"), ("loss_mse", name, "slope of s over m")):
             for k, colour in enumerate(plt.cm.viridis(np.linspace(0, .9, BANDS))):
                 if f"{kind}_{k}" in log: ax.plot(log["step"], log[f"{kind}_{k}"], color=colour, label=f"{k/BANDS:g} to {(k+1)/BANDS:g}")
                 if kind=="slope" and name=="loss_simmat": ax.axhline((k+.5)/BANDS, color=colour, linestyle="--", linewidth=.8)
             ax.set(title=title, xlabel="step")
         for ax, whole in zip(axes, ("loss_mse", name)): ax.plot(log["step"], log[whole], "k", label="all")
-        axes[0].set(yscale="log"), axes[1].legend(title="t / T")
+        axes[0].set(yscale="log")
+        lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+        fig.legend(lines.values(), lines, title="t / T", loc="outside right center")
     return fig

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from cemiface.backbones import backbone
 from cemiface.data import FaceSet, batches, to_float
-from cemiface.dcface import DCFace
+from cemiface.dcface import DCFaceConfig, train_dcface
 from cemiface.images import read_image
 from cemiface.pipeline import ddim_scheduler, denoise
 from cemiface.simmat import (PACE, SAMPLE_MS, Denoiser, SimMat, SimMatConfig, draw_step, eps_from_v, load_generator, m_grid, noise_scheduler, plot_training,
@@ -210,6 +211,15 @@ def test_a_step_in_pieces_is_one_step(tmp_path, monkeypatch):
     for k in (1, 4): train(tmp_path/str(k), one.model_copy(update=dict(accumulate=k)))
     assert [len(xt) for xt, *_ in seen] == [4, 1, 1, 1, 1]
     for whole, *pieces in zip(*seen): assert torch.equal(whole, torch.cat(pieces)) # noise, time steps and factors are those of the whole batch
+
+
+def test_the_baseline_in_pieces(tmp_path):
+    network = backbone("ir18", 16, 8).eval()
+    for k in (1, 2):
+        config = DCFaceConfig(**SHORT.model_dump(include=set(DCFaceConfig.model_fields)) | dict(accumulate=k))
+        train_dcface(faces(), network, TINY, config, tmp_path/str(k), progress=False)
+    assert torch.allclose(gradients(tmp_path/"1"), gradients(tmp_path/"2"), atol=1e-5)
+    close(weights(tmp_path/"1"), weights(tmp_path/"2"))
 
 
 def test_checkpointing_computes_the_unet_twice(tmp_path, monkeypatch):
