@@ -307,6 +307,8 @@ def load_beside(
     pipe:CemiFacePipeline, # gives recogniser and scheduler
 )->DCFacePipeline: # in float32, on the CPU
     "The baseline of a folder with the recogniser and the sampler of the generator it is compared with. OSError if the folder lacks a part."
+    missing = [name for name in ("unet", "conditioner", "bank") if not (Path(folder)/name/"config.json").is_file()]
+    if missing: raise OSError(f"{folder} holds no baseline (no {missing[0]}/config.json): give a folder written by save_beside")
     read = lambda kind, name: kind.from_pretrained(folder, subfolder=name, use_safetensors=True, local_files_only=True, dtype=torch.float32)
     return DCFacePipeline(read(UNet2DConditionModel, "unet"), read(DCFaceConditioner, "conditioner"), pipe.recogniser, pipe.scheduler, read(StyleBank, "bank"))
 

@@ -558,7 +558,8 @@ class Study:
         faces, config, shipped = (None, None, shipped_hash(*parts)) if self.shipped else (self.training_faces(), self.profile.dcface, "")
         return self._task(Baseline, generator=self.generator(), faces=faces, config=config, shipped=shipped)
 
-    def _drawn_by(self, m): return dict(generator=self.generator()) | (dict(baseline=self.baseline()) if m is None else {})
+    def _drawn_by(self, m): # what draws a set or samples: without m, the baseline
+        return dict(generator=self.generator(), baseline=self.baseline() if m is None else None)
 
     def student(self, seed): return self.profile.student.model_copy(update=dict(seed=seed))
     def yardstick(self): return self._task(Yardstick, recogniser=self.recogniser(), benchmarks=self.benchmarks())

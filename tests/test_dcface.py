@@ -356,7 +356,7 @@ def test_what_is_the_baselines_own_is_stored_once(pipe, tmp_path):
     for name in ("unet", "conditioner", "bank"):
         for a, b in zip(getattr(again, name).parameters(), getattr(pipe, name).parameters(), strict=True): assert a.dtype == torch.float32 and torch.equal(a, b.half().float())
     shutil.rmtree(tmp_path/"bank")
-    with pytest.raises(OSError): load_beside(tmp_path, cemi)
+    with pytest.raises(OSError, match="holds no baseline .no bank/config.json.: give a folder"): load_beside(tmp_path, cemi)
 
 
 def test_shipped_baseline(monkeypatch, tmp_path):

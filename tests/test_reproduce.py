@@ -1,4 +1,5 @@
 "`cemiface reproduce`: a subset at the smallest size, killed and continued, answered from the cache, with a failure on the way."
+import hashlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -147,6 +149,17 @@ def test_shipped_weights_are_used_and_named(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*Generator*/*/train"))  # nothing was trained
     other = Study(profile, tmp_path, from_scratch=True)
     assert other.name == "smoke-from-scratch" and other.generator().infra.uid() != Study(profile, tmp_path).generator().infra.uid()
+
+
+def test_the_baseline_of_the_package_is_taken_where_weights_are_shipped(tmp_path):
+    task = Study("laptop", tmp_path).baseline()
+    parts = [f for name in ("unet", "conditioner", "bank") for f in (Path(experiments.__file__).parent / "weights" / "dcface" / name).glob("*.safetensors")]
+    assert task.shipped == hashlib.sha256(b"".join(f.read_bytes() for f in parts)).hexdigest()[:12] and task.work() == ("load", 1)
+    pipe = task.load()
+    assert pipe is experiments.shipped_baseline() and pipe.recogniser.config == experiments.shipped_models().recogniser.config
+    assert not list(tmp_path.rglob("train"))
+    scratch = Study("laptop", tmp_path, from_scratch=True)
+    assert scratch.baseline().config == PROFILES["laptop"].dcface and scratch.baseline().generator is scratch.generator()
 
 
 def test_a_change_up_the_chain_means_another_task(tmp_path):
