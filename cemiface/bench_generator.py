@@ -26,7 +26,7 @@ from .backbones import backbone
 from .bench import DTYPES, alone, bench_device, machine, matmul_peak, repeat_for
 from .conditioning import GENERATORS, face_conditioner, face_unet
 from .data import FaceSet, open_faces, to_float
-from .experiments import PROFILES, Study, accuracies
+from .experiments import PROFILES, Profile, Study, accuracies
 from .images import write_whole
 from .pipeline import CemiFacePipeline, ddim_scheduler, denoise, identity_embedding, sample_embeddings, shipped_pipeline
 from .procfaces import world_faces
@@ -156,17 +156,18 @@ def bench_accuracy(
     sampler:str="DDIM", # key of SAMPLERS
     steps:int=20,
     seeds:int=2, # sets drawn, each with a recogniser trained on it
-    profile:str="laptop", # key of PROFILES: sizes, generator and recogniser
+    profile:str|Profile="laptop", # sizes, generator and recogniser
 )->dict: # AVG of each seed, their mean and standard deviation
     "Accuracy of recognisers trained on sets drawn with one sampler at m = 0, as `reproduce` makes them."
     with tempfile.TemporaryDirectory() as folder:
-        study, p = Study(profile, folder, seeds), PROFILES[profile]
+        study = Study(profile, folder, seeds)
+        p = study.profile
         parts, faces, sets = study.generator().load().components, study.inquiries().faces(p.set_subjects), study.benchmarks().load()
         pipe, avg = CemiFacePipeline(**parts | {"scheduler": SAMPLERS[sampler].from_config(parts["scheduler"].config)}), []
         for seed in study.seeds:
             drawn = generate_set(pipe, faces, 0., p.set_per_subject, Path(folder)/f"set {seed}", seed=seed, steps=steps, oversample=p.oversample, progress=False)
             avg.append(accuracies(open_faces(drawn, p.size), study.student(seed), sets, Path(folder)/"train")["accuracy"]["AVG"])
-    return dict(sampler=sampler, steps=steps, profile=profile, images=len(faces) * p.set_per_subject, AVG=round(float(np.mean(avg)), 2), std=round(float(np.std(avg, ddof=1)), 2) if seeds > 1 else None, of_each_seed=[round(a, 2) for a in avg])
+    return dict(sampler=sampler, steps=steps, profile=p.name, images=len(faces) * p.set_per_subject, AVG=round(float(np.mean(avg)), 2), std=round(float(np.std(avg, ddof=1)), 2) if seeds > 1 else None, of_each_seed=[round(a, 2) for a in avg])
 
 # %% ../nbs/16_bench_generator.ipynb #e7d7e3f6
 def generator_parts(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['products', 'product_margin', 'int8_exact', 'product_speed', 'quick_dtype', 'Candidates', 'conflicts', 'Selection',
-           'drop_by_kept', 'drop_among', 'choose_inquiries', 'select_inquiries', 'bench_select']
+           'dropped_table', 'drop_by_kept', 'drop_among', 'choose_inquiries', 'select_inquiries', 'bench_select']
 
 # %% ../nbs/12_inquiries.ipynb #cfcad2c2
 import time
@@ -99,6 +99,13 @@ class Selection:
     dropped:pd.DataFrame # index: the candidate; columns neighbour (the first kept one that is too near), cosine
     def __repr__(self)->str: return f"Selection: {len(self.kept)} kept, {len(self.dropped)} dropped by {self.dropped.neighbour.nunique()} of them"
 
+def dropped_table(candidates:Candidates,
+                  neighbour:Tensor, # int64 [N], who dropped each candidate; -1: nobody
+                 )->pd.DataFrame: # as in `Selection`
+    "Who was dropped, by whom, and their cosine in float64."
+    out = (neighbour >= 0).nonzero()[:, 0]
+    return pd.DataFrame(dict(neighbour=neighbour[out].cpu(), cosine=candidates.cosines(out, neighbour[out]).cpu()), index=pd.Index(out.cpu().numpy(), name="candidate"))
+
 # %% ../nbs/12_inquiries.ipynb #19962f39
 def drop_by_kept(candidates:Candidates, unit:Tensor, here:Tensor, # the block's vectors and which candidates they are
                  kept:list[tuple], # pieces of what was kept before: vectors, which candidates
@@ -149,10 +156,7 @@ def choose_inquiries(emb:Tensor|np.ndarray, # [N,D] embeddings of the candidates
             if kept and len(kept[-1][1]) < 4*block: kept[-1] = tuple(map(torch.cat, zip(kept[-1], found)))
             else: kept.append(found)
             bar.update(len(here))
-    out = (rule["neighbour"] >= 0).nonzero()[:, 0]
-    by = rule["neighbour"][out]
-    dropped = pd.DataFrame(dict(neighbour=by.cpu(), cosine=candidates.cosines(out, by).cpu()), index=pd.Index(out.cpu().numpy(), name="candidate"))
-    return Selection(torch.cat([who for _, who in kept]).cpu(), dropped)
+    return Selection(torch.cat([who for _, who in kept]).cpu(), dropped_table(candidates, rule["neighbour"]))
 
 def select_inquiries(emb:Tensor|np.ndarray, threshold:float=.3, block:int=1024)->Tensor: # int64, ascending indices of those kept
     "Which candidates `choose_inquiries` keeps."
