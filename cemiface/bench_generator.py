@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'KINDS', 'SAMPLERS', 'generator_cost', 'unet_and_input', 'bench_sampling', 'where_sampling_goes',
-           'bench_generator_training', 'frechet_distance', 'bench_steps', 'generator_parts', 'run_bench_generator']
+           'bench_generator_training', 'frechet_distance', 'bench_steps', 'bench_accuracy', 'generator_parts',
+           'run_bench_generator']
 
 # %% ../nbs/16_bench_generator.ipynb #d570a80e
 import json
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -23,12 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backbones import backbone
 from .bench import DTYPES, alone, bench_device, machine, matmul_peak, repeat_for
 from .conditioning import GENERATORS, face_conditioner, face_unet
-from .data import FaceSet, to_float
-from .experiments import PROFILES
+from .data import FaceSet, open_faces, to_float
+from .experiments import PROFILES, Profile, Study, accuracies
 from .images import write_whole
-from .pipeline import ddim_scheduler, denoise, identity_embedding, sample_embeddings, shipped_pipeline
+from .pipeline import CemiFacePipeline, ddim_scheduler, denoise, identity_embedding, sample_embeddings, shipped_pipeline
 from .procfaces import world_faces
 from .simmat import Denoiser, SimMatConfig, train_generator
+from .synthesis import generate_set
 
 # %% ../nbs/16_bench_generator.ipynb #07b244e4
 def generator_cost(
@@ -148,6 +151,24 @@ def bench_steps(
     with torch.inference_mode(): seconds = repeat_for(1, lambda: denoise(pipe.unet, pipe.scheduler, tokens, noise, steps)).min() / 32
     return dict(sampler=sampler, steps=steps, images=n, frechet=round(frechet_distance(emb.flatten(0, 1), real), 4), **{k: round(v, 3) for k, v in cos.items()}, ms_per_image=float(f"{1e3 * seconds:.3g}"))
 
+# %% ../nbs/16_bench_generator.ipynb #46b00047
+def bench_accuracy(
+    sampler:str="DDIM", # key of SAMPLERS
+    steps:int=20,
+    seeds:int=2, # sets drawn, each with a recogniser trained on it
+    profile:str|Profile="laptop", # sizes, generator and recogniser
+)->dict: # AVG of each seed, their mean and standard deviation
+    "Accuracy of recognisers trained on sets drawn with one sampler at m = 0, as `reproduce` makes them."
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(profile, folder, seeds)
+        p = study.profile
+        parts, faces, sets = study.generator().load().components, study.inquiries().faces(p.set_subjects), study.benchmarks().load()
+        pipe, avg = CemiFacePipeline(**parts | {"scheduler": SAMPLERS[sampler].from_config(parts["scheduler"].config)}), []
+        for seed in study.seeds:
+            drawn = generate_set(pipe, faces, 0., p.set_per_subject, Path(folder)/f"set {seed}", seed=seed, steps=steps, oversample=p.oversample, progress=False)
+            avg.append(accuracies(open_faces(drawn, p.size), study.student(seed), sets, Path(folder)/"train")["accuracy"]["AVG"])
+    return dict(sampler=sampler, steps=steps, profile=p.name, images=len(faces) * p.set_per_subject, AVG=round(float(np.mean(avg)), 2), std=round(float(np.std(avg, ddof=1)), 2) if seeds > 1 else None, of_each_seed=[round(a, 2) for a in avg])
+
 # %% ../nbs/16_bench_generator.ipynb #e7d7e3f6
 def generator_parts(
     precision:str|None, # "no", "bf16"; None: both
@@ -159,9 +180,11 @@ def generator_parts(
     each, some = [precision] if precision else ["no", "bf16"], dict(batch_size=batch_size)
     ways = [("no", False, False)] * ("no" in each) + [(p, True, k) for k in [False] + [True] * compile for p in each]
     walks = [("rendered", 0), *(("DDIM", n) for n in (5, 10, 20, 50)), *((s, n) for s in ("DPM-Solver++", "UniPC") for n in (5, 10))]
+    trained = [*(("DDIM", n) for n in (5, 10, 20)), *(("DPM-Solver++", n) for n in (5, 10)), ("UniPC", 10)]
     return dict(sampling=[(bench_sampling, dict(name=n, precision=p, channels_last=c, compile=k, **some)) for n in configurations for p, c, k in ways],
                 training=[(bench_generator_training, dict(name=n, precision=p, **some)) for n in configurations for p in each],
-                steps=[(bench_steps, dict(sampler=s, steps=n)) for s, n in walks])
+                steps=[(bench_steps, dict(sampler=s, steps=n)) for s, n in walks],
+                accuracy=[(bench_accuracy, dict(sampler=s, steps=n)) for s, n in trained])
 
 def run_bench_generator(
     parts:list[str]|None=None, # names of `generator_parts`; None: all

@@ -1,6 +1,8 @@
 """The benchmark of the generator: counts against independent arithmetic, rates from given seconds, one file, clear errors."""
+import contextlib
 import functools
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -9,8 +11,9 @@ from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings, strategies as st
 
 import cemiface.bench_generator as module
-from cemiface.bench_generator import bench_generator_training, bench_sampling, bench_steps, frechet_distance, generator_parts, run_bench_generator, where_sampling_goes
+from cemiface.bench_generator import bench_accuracy, bench_generator_training, bench_sampling, bench_steps, frechet_distance, generator_parts, run_bench_generator, where_sampling_goes
 from cemiface.conditioning import GENERATORS, face_conditioner, face_unet
+from cemiface.experiments import PROFILES, Study
 
 generator_cost = functools.cache(module.generator_cost) # the paper's networks take seconds to build, even without numbers
 
@@ -84,6 +87,20 @@ def test_steps_against_quality():
     assert few["images"] == 12 and few["cos at m=1"] > few["cos at m=-1"] + .1 and few["ms_per_image"] > 0 and few["frechet"] > other["frechet"] > 0
 
 
+def test_accuracy_is_that_of_the_reproduction(monkeypatch, tmp_path):
+    monkeypatch.setattr(module.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(tmp_path))
+    p, less = PROFILES["smoke"], lambda config, **kw: config.model_copy(update=kw)
+    p = less(p, pairs=20, set_subjects=8, set_per_subject=3, simmat=less(p.simmat, steps=2), teacher=less(p.teacher, epochs=1))
+    row, study = bench_accuracy("DDIM", p.steps, 2, p), Study(p, tmp_path, 2) # one folder: what was trained is there
+    avg = [study.set_training(0., seed).run()["accuracy"]["AVG"] for seed in (0, 1)]
+    assert row["of_each_seed"] == [round(a, 2) for a in avg] and row["AVG"] == pytest.approx(sum(avg)/2, abs=.006) and row["std"] == pytest.approx(abs(avg[0] - avg[1])/2**.5, abs=.006)
+    for seed in (0, 1): shutil.rmtree(tmp_path/f"set {seed}")
+    other = bench_accuracy("UniPC", 2, 1, p)
+    config = json.loads((tmp_path/"set 0"/"set.json").read_text())["config"]
+    assert (config["sampler"], config["steps"], config["m"], config["subjects"]*config["per_subject"]) == ("UniPCMultistepScheduler", 2, [0.], other["images"])
+    assert other["std"] is None and other["AVG"] == other["of_each_seed"][0] and type(study.generator().load().scheduler).__name__ == "DDIMScheduler"
+
+
 def test_all_of_it_in_one_file(monkeypatch, tmp_path):
     ran, said = [], []
     monkeypatch.setattr(module, "alone", lambda f, **kw: ran.append((f.__name__, kw)) or dict(images_per_s=1.5))
@@ -92,5 +109,6 @@ def test_all_of_it_in_one_file(monkeypatch, tmp_path):
     assert all(kw["name"] == "smoke" and kw["batch_size"] == 2 for f, kw in ran if f == "bench_sampling") and found["where_sampling_time_goes"]
     assert [kw["steps"] for f, kw in ran if f == "bench_steps" and kw["sampler"] == "DDIM"] == [5, 10, 20, 50] and len(said) == 2 + len(ran)
     assert [kw["compile"] for _, kw in generator_parts(None, None, True, ["smoke"])["sampling"]] == [False, False, False, True, True]
-    with pytest.raises(ValueError, match="no part 'flying': choose from sampling, training, steps"): run_bench_generator(["flying"])
+    assert [(kw["sampler"], kw["steps"]) for _, kw in generator_parts("no", None, False, [])["accuracy"]] == [("DDIM", 5), ("DDIM", 10), ("DDIM", 20), ("DPM-Solver++", 5), ("DPM-Solver++", 10), ("UniPC", 10)]
+    with pytest.raises(ValueError, match="no part 'flying': choose from sampling, training, steps, accuracy"): run_bench_generator(["flying"])
     with pytest.raises(ValueError, match="no configuration 'huge': choose from smoke"): run_bench_generator(configurations=["huge"])

@@ -1,0 +1,28 @@
+"""The shipped calibration: each sampler gives the similarity asked for, to people that nothing was measured on, or says that it cannot."""
+import pytest
+import torch
+
+from cemiface.bench_generator import SAMPLERS
+from cemiface.data import to_float
+from cemiface.pipeline import identity_embedding, shipped_pipeline
+from cemiface.procfaces import world_faces
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pipe, faces = shipped_pipeline(), to_float(world_faces("webface_1shot", 32, 1, 32, first=30_000).images)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, faces, identity_embedding(pipe.recogniser, faces, None)
+
+
+@pytest.mark.parametrize("sampler, steps, wanted", [("DDIM", 10, .3), ("DDIM", 20, .3), ("DPM-Solver++", 10, .4), ("UniPC", 10, .4)])
+def test_asked_and_achieved(shipped, sampler, steps, wanted):
+    pipe, faces, own = shipped
+    pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    ask = lambda similarity, **kw: pipe(embeddings=own, similarity=similarity, num_inference_steps=steps, generator=torch.Generator().manual_seed(2), output_type="pt", **kw).images
+    cos = (identity_embedding(pipe.recogniser, ask(wanted), None)*own).sum(1)
+    assert abs(cos.mean() - wanted) < .05
+    for judge, low in (("E_id", .25), ("second", .38)): # below what any of the four reaches
+        with pytest.raises(ValueError, match=f"similarity {low} is out of reach"): ask(low, judge=judge)
+    if sampler != "DDIM":
+        with pytest.raises(ValueError, match="similarity 0.3 is out of reach"): ask(.3)
