@@ -84,7 +84,7 @@ TRAINING = dict(
     laptop=dict(teacher=dict(backbone="ir18", width=16, size=32, margin="adaface", epochs=6, batch_size=128, milestones=(.6, .85), warmup_steps=300),
                 student=dict(backbone="ir18", width=8, size=32, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50),
                 simmat=dict(steps=11700, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(320/32)**2, prediction="v_prediction"),
-                dcface=dict(steps=2400, batch_size=64, lr=1e-3, warmup_steps=50, snr_scale=(320/32)**2, prediction="v_prediction")),
+                dcface=dict(steps=1600, batch_size=64, lr=1e-3, warmup_steps=50, snr_scale=(320/32)**2, prediction="v_prediction")),
     gpu=dict(teacher=dict(backbone="ir50", width=64, size=64, margin="adaface", epochs=20, batch_size=512, precision="bf16"),
              student=dict(backbone="irse50", width=32, size=64, margin="cosface", epochs=16, batch_size=512, precision="bf16"),
              simmat=dict(steps=20000, batch_size=256, lr=5e-4, snr_scale=(320/64)**2, prediction="v_prediction", **FAST),
