@@ -144,7 +144,7 @@ class DCFace:
 
     def __init__(self, faces:FaceSet, recogniser:IResNet, config:DCFaceConfig, device:torch.device|str, progress:bool):
         self.recogniser, self.config, self.weight = recogniser, config, config.lambda_id
-        self.emb_both = embed_both(recogniser, faces, 256, device, progress)
+        self.emb_both = embed_both(recogniser, faces, 256, device, progress, config.flip)
         self.labels = faces.labels.to(device)
         self.found, self.count = (v.to(device) for v in portraits(self.emb_both[0].cpu(), faces.labels, config.portraits))
         self.style_shape = (grid_of(recogniser, config.cells)**2, 2*recogniser.config.width)

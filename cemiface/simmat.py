@@ -6,7 +6,8 @@
 __all__ = ['PACE', 'BANDS', 'SAMPLE_MS', 'noise_scheduler', 'x0_from_eps', 'eps_from_v', 'similarity', 'simmat_loss', 'm_grid',
            'sample_m', 'TrainingConfig', 'SimMatConfig', 'Denoiser', 'layout', 'ready', 'step_generator', 'draw_step',
            'embed_both', 'random_centres', 'identities', 'band_sums', 'band_row', 'save_state', 'load_state',
-           'save_generator', 'load_generator', 'SimMat', 'save_samples', 'train_generator', 'plot_training']
+           'save_generator', 'load_generator', 'SimMat', 'save_samples', 'gradients', 'train_generator',
+           'plot_training']
 
 # %% ../nbs/10_simmat.ipynb #3a7caaa0
 import json, time
@@ -14,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather, pad_across_processes
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
@@ -381,6 +382,31 @@ def save_samples(
     write_whole(path, encode_image(grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)))
     return time.monotonic()-began
 
+# %% ../nbs/10_simmat.ipynb #4584b08e
+def gradients(
+    acc:Accelerator,
+    model:nn.Module,      # the denoiser, as prepared
+    recogniser:nn.Module, # E_id, frozen
+    task:SimMat,          # what is asked for
+    alpha_bar:Tensor,     # [T]
+    batch:tuple,          # x, x_t, eps [B,3,H,W], t, flip, index [B], and what else the task drew
+)->tuple[Tensor, Tensor]: # mean of both losses [2]; sums by band
+    "Add the gradients of Eq. 14 for one process's part of a step, in `accumulate` pieces."
+    config, n, bands = task.config, task.config.accumulate, 0.
+    losses = torch.zeros(2, device=alpha_bar.device)
+    for k, (x, xt, eps, t, flip, index, *drawn) in enumerate(zip(*(v.split(len(v)//n) for v in batch)), 1):
+        with acc.autocast(): given, target = task.condition(x, flip, index, *drawn)
+        with acc.no_sync(model) if k<n else nullcontext():
+            pred = model(xt, t, *given)
+            if config.prediction=="v_prediction": pred = eps_from_v(xt, pred, alpha_bar[t])
+            with acc.autocast(): emb_hat = recogniser(x0_from_eps(xt, pred, alpha_bar[t]))
+            each, s, m = task.loss(emb_hat, t, *target)
+            mse, loss = F.mse_loss(pred, eps), each.mean()
+            acc.backward((mse+task.weight*loss)/n)
+        losses += torch.stack([mse.detach(), loss.detach()])/n
+        bands = bands + band_sums(s.detach(), m, t, config.T, (pred.detach()-eps).square().mean((1, 2, 3)), each.detach())
+    return losses, bands
+
 # %% ../nbs/10_simmat.ipynb #3ec55bb1
 def train_generator(
     faces:FaceSet,              # training images; labels are not used
@@ -405,7 +431,7 @@ def train_generator(
     unet, conditioner = load_generator(init, method.conditioner) if init else (face_unet(generator), method.fresh_conditioner(generator, recogniser, config))
     denoiser = ready(Denoiser(unet, conditioner), config, device)
     recogniser = recogniser.to(device).eval().requires_grad_(False)
-    scheduler, T = noise_scheduler(config.T, config.snr_scale, config.prediction), config.T
+    scheduler = noise_scheduler(config.T, config.snr_scale, config.prediction)
     alpha_bar = scheduler.alphas_cumprod.to(device)
     params = list(denoiser.parameters())
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -432,21 +458,11 @@ def train_generator(
         x = torch.where(flip[:, None, None, None], x.flip(-1), x).contiguous(memory_format=layout(config))
         xt = scheduler.add_noise(x, eps, t)
         for group in optimizer.param_groups: group["lr"] = config.lr*min(1, (step+1)/max(1, config.warmup_steps))
-        pieces = zip(*(v.split(share) for v in (x, xt, eps, t, flip, index, *drawn)))
-        for k, (x, xt, eps, t, flip, index, *drawn) in enumerate(pieces, 1):
-            with acc.autocast(): given, target = task.condition(x, flip, index, *drawn)
-            with acc.no_sync(model) if k<config.accumulate else nullcontext():
-                pred = model(xt, t, *given)
-                if config.prediction=="v_prediction": pred = eps_from_v(xt, pred, alpha_bar[t])
-                with acc.autocast(): emb_hat = recogniser(x0_from_eps(xt, pred, alpha_bar[t]))
-                each, s, m = task.loss(emb_hat, t, *target)
-                mse, loss = F.mse_loss(pred, eps), each.mean()
-                acc.backward((mse+task.weight*loss)/config.accumulate)
-            sums[:2] += torch.stack([mse.detach(), loss.detach()])/config.accumulate
-            bands += band_sums(s.detach(), m, t, T, (pred.detach()-eps).square().mean((1, 2, 3)), each.detach())
+        losses, found = gradients(acc, model, recogniser, task, alpha_bar, (x, xt, eps, t, flip, index, *drawn))
+        bands += found
         norm = acc.clip_grad_norm_(params, config.clip_grad)
         optimizer.step(); optimizer.zero_grad(); ema.step(params)
-        sums[2] += norm
+        sums += torch.stack([*losses, norm])
         bar.update()
         if main and config.sample_every and (step+1)%config.sample_every==0:
             seen += save_samples(out/f"samples/{step+1:07d}.png", task, denoiser, ema)
