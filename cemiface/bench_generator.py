@@ -104,19 +104,20 @@ def bench_generator_training(
     precision:str="no", # "no" or "bf16", as `SimMatConfig` has it
     batch_size:int|None=None, # default: `BATCH`, with CUDA at most 160
     steps:int|None=None, # timed, after as many to warm up; default: 20 with CUDA, else 2
+    compile:bool=False, # torch.compile
 )->dict:
-    "Images a second of `train_generator`, and their share of the machine's peak."
+    "Images a second of `train_generator`, in bf16 with channels last, and their share of the machine's peak."
     cuda, config, cost, teacher = bench_device() == "cuda", GENERATORS[name], generator_cost(name), PROFILES[name].teacher
     batch_size, steps = batch_size or min(160, BATCH[bench_device()][name]), steps or (20 if cuda else 2)
     extrapolated = name == "paper" and not cuda
     if extrapolated: rate = bench_sampling(name, precision, True, steps=1, batch_size=1)["images_per_s"] * cost["gflop_evaluation"] / cost["gflop_trained"]
     else:
         faces = FaceSet(torch.randint(0, 256, (2 * batch_size, 3, config.size, config.size), dtype=torch.uint8), torch.zeros(2 * batch_size, dtype=torch.int64), ["noise"], "noise")
-        how = SimMatConfig(steps=2 * steps, batch_size=batch_size, log_every=steps, save_every=1e9, precision=precision)
+        how = SimMatConfig(steps=2 * steps, batch_size=batch_size, log_every=steps, save_every=1e9, precision=precision, channels_last=precision == "bf16", compile=compile)
         with tempfile.TemporaryDirectory() as folder:
             train_generator(faces, backbone(teacher.backbone, config.size, teacher.width), config, how, folder, progress=False)
             rate = float(pd.read_csv(Path(folder)/"log.csv").images_per_s.iloc[-1])
-    return dict(configuration=name, precision=precision, batch_size=batch_size, extrapolated=extrapolated, images_per_s=float(f"{rate:.3g}"),
+    return dict(configuration=name, precision=precision, compile=compile, batch_size=batch_size, extrapolated=extrapolated, images_per_s=float(f"{rate:.3g}"),
                 gflop_per_image=cost["gflop_trained"], share_of_peak=round(rate * cost["gflop_trained"] * 1e9 / matmul_peak(precision), 3))
 
 # %% ../nbs/16_bench_generator.ipynb #461b6bf8
@@ -182,7 +183,7 @@ def generator_parts(
     walks = [("rendered", 0), *(("DDIM", n) for n in (5, 10, 20, 50)), *((s, n) for s in ("DPM-Solver++", "UniPC") for n in (5, 10))]
     trained = [*(("DDIM", n) for n in (5, 10, 20)), *(("DPM-Solver++", n) for n in (5, 10)), ("UniPC", 10)]
     return dict(sampling=[(bench_sampling, dict(name=n, precision=p, channels_last=c, compile=k, **some)) for n in configurations for p, c, k in ways],
-                training=[(bench_generator_training, dict(name=n, precision=p, **some)) for n in configurations for p in each],
+                training=[(bench_generator_training, dict(name=n, precision=p, compile=k, **some)) for n in configurations for k in [False] + [True] * (compile and bench_device() == "cuda") for p in each],
                 steps=[(bench_steps, dict(sampler=s, steps=n)) for s, n in walks],
                 accuracy=[(bench_accuracy, dict(sampler=s, steps=n)) for s, n in trained])
 

@@ -316,7 +316,7 @@ def bench_recognition(
 @one_line_errors
 def bench_generator(
     out: Annotated[Path, typer.Option(help="JSON file to write too")] = Path("bench_generator.json"),
-    parts: Annotated[Optional[str], typer.Option(help="only these, with commas: sampling, training, steps")] = None,
+    parts: Annotated[Optional[str], typer.Option(help="only these, with commas: sampling, training, steps, accuracy")] = None,
     configurations: Annotated[Optional[str], typer.Option(help="only these, with commas: smoke, laptop, gpu, paper")] = None,
     precision: Annotated[Optional[Literal["no", "bf16"]], typer.Option(help="mixed precision; default: bf16 with CUDA, else both")] = None,
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="images at a time")] = None,
