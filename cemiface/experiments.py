@@ -6,7 +6,7 @@
 __all__ = ['SEVEN', 'PAPER_DATA', 'SIZES', 'FAST', 'TRAINING', 'PROFILES', 'CACHE', 'Profile', 'default_device', 'WorldFaces',
            'Benchmarks', 'shipped_models', 'shipped_centres', 'shipped_baseline', 'shipped_hash', 'Recogniser',
            'Generator', 'Baseline', 'Yardstick', 'Groups', 'accuracies', 'GroupTraining', 'RealTraining', 'Inquiries',
-           'GeneratedSet', 'SetTraining', 'Samples', 'draw_all', 'Judged', 'Study', 'parts', 'in_order']
+           'Centres', 'GeneratedSet', 'SetTraining', 'Samples', 'draw_all', 'Judged', 'Study', 'parts', 'in_order']
 
 # %% ../nbs/15_experiments.ipynb #9113e8df
 import hashlib, logging, shutil, sys
@@ -403,6 +403,29 @@ class Inquiries(BaseModel):
         images = self.load()["images"][:count]
         return FaceSet(images, torch.arange(len(images)), [str(i) for i in range(len(images))], f"proc:{self.world}")
 
+# %% ../nbs/15_experiments.ipynb #d622e223
+class Centres(BaseModel):
+    "Embeddings in the place of inquiry faces (Table 8): class centres of the training subjects, or random directions."
+    model_config = ConfigDict(extra="forbid")
+    recogniser: Recogniser = Field(description="whose class centres")
+    kind: Literal["identity", "random"] = Field(description="rows of the classification weight, or normally distributed")
+    count: int = Field(description="how many")
+    infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
+
+    @property
+    def title(self): return f"{self.count} {self.kind} centres"
+    def work(self): return "load", 1
+
+    @infra.apply
+    def run(self)->dict:
+        centres = self.recogniser.load()[1].cpu().float()
+        chosen = centres[:self.count] if self.kind == "identity" else torch.randn(self.count, centres.shape[1], generator=torch.Generator().manual_seed(0))
+        if len(chosen) < self.count: raise ValueError(f"{self.count} centres wanted, the recogniser has {len(chosen)}")
+        _keep(self, emb=torch.nn.functional.normalize(chosen, dim=1))
+        return dict(count=self.count)
+
+    def faces(self, count:int)->Tensor: return _kept(self)["emb"][:count]
+
 # %% ../nbs/15_experiments.ipynb #41ce48a3
 class GeneratedSet(BaseModel):
     "Algorithm 2 at one m: a folder of PNG files that goes on where it was stopped."
@@ -410,23 +433,30 @@ class GeneratedSet(BaseModel):
     generator: Generator = Field(description="the diffusion model")
     baseline: Baseline | None = Field(None, description="draws in its place, with m None")
     inquiries: Inquiries = Field(description="one subject each")
+    centres: Centres | None = Field(None, description="embeddings in their place")
     subjects: int = Field(description="how many of them")
-    per_subject: int = Field(description="images drawn for each")
-    oversample: int = Field(description="copies of the inquiry added")
+    per_subject: int | tuple[tuple[int, int], ...] = Field(description="images drawn for each; or runs of (subjects, images)")
+    oversample: int = Field(description="copies of the inquiry added; embeddings have none")
     steps: int = Field(description="DDIM steps")
-    m: float | None = Field(description="similarity factor in [-1, 1]; None with the baseline, which has none")
+    m: float | tuple[float, ...] | None = Field(description="similarity factor in [-1, 1]; several take turns; None with the baseline, which has none")
     seed: int = Field(description="seed of the set")
     infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
 
     @property
-    def how(self): return "by DCFace" if self.m is None else f"at m = {self.m:g}"
+    def how(self): return "by DCFace" if self.m is None else f"at m = {', '.join(f'{m:g}' for m in self.ms)}"
     @property
-    def title(self): return f"set of {self.subjects} x {self.per_subject} {self.how}, seed {self.seed}"
-    def work(self): return "denoise", self.subjects * self.per_subject * self.steps
+    def ms(self)->tuple: return self.m if isinstance(self.m, tuple) else (self.m,)
+    @property
+    def drawn(self)->int: # images
+        return self.subjects * self.per_subject if isinstance(self.per_subject, int) else sum(n * k for n, k in self.per_subject)
+    @property
+    def title(self): return f"set of {self.drawn} images of {self.subjects} {self.how}, seed {self.seed}"
+    def work(self): return "denoise", self.drawn * self.steps
 
     @infra.apply
     def run(self)->dict:
-        generate_set(place((self.baseline or self.generator).load(), default_device()), self.inquiries.faces(self.subjects), self.m, self.per_subject, self.folder,
+        pipe, m, runs = place((self.baseline or self.generator).load(), default_device()), self.m, self.per_subject
+        generate_set(pipe, (self.centres or self.inquiries).faces(self.subjects), list(m) if isinstance(m, tuple) else m, runs if isinstance(runs, int) else list(runs), self.folder,
                      seed=self.seed, steps=self.steps, oversample=self.oversample, progress=_bars())
         return dict(device=default_device())
 
@@ -445,8 +475,7 @@ class SetTraining(BaseModel):
     @property
     def title(self): return f"recogniser on the set {self.generated.how}, seed {self.config.seed}"
     def work(self):
-        g = self.generated
-        return "train", g.subjects * (g.per_subject + g.oversample) * self.config.epochs
+        return "train", (self.generated.drawn + self.generated.subjects * self.generated.oversample) * self.config.epochs
 
     @infra.apply
     def run(self)->dict:
@@ -536,7 +565,7 @@ class Study:
         self.name = self.profile.name + ("-from-scratch" if from_scratch and self.profile.shipped else "")
         self.out, self.seeds, self._made = Path(out), range(seeds), {}
 
-    def _task(self, kind, **config):
+    def _task(self, kind, /, **config):
         task = kind(**config, infra=dict(folder=self.out/"cache"))
         return self._made.setdefault(task.infra.uid(), task)
 
@@ -569,15 +598,16 @@ class Study:
 
     def real_training(self): return self._task(RealTraining, faces=self.faces(), config=self.student(0), benchmarks=self.benchmarks())
 
-    def inquiries(self):
-        return self._task(Inquiries, recogniser=self.recogniser(), world="webface_1shot",
-                          count=self.profile.inquiries, **self._of("candidates", "size"))
-    def generated(self, m, seed):
+    def inquiries(self, world="webface_1shot", volume=1): # faces of a world; more of them for sets of a larger volume
         p = self.profile
-        return self._task(GeneratedSet, **self._drawn_by(m), inquiries=self.inquiries(), subjects=p.set_subjects,
-                          per_subject=p.set_per_subject, **self._of("oversample", "steps"), m=m, seed=seed)
-    def set_training(self, m, seed):
-        return self._task(SetTraining, generated=self.generated(m, seed), config=self.student(seed), benchmarks=self.benchmarks())
+        return self._task(Inquiries, recogniser=self.recogniser(), world=world, count=max(p.inquiries, volume * p.set_subjects), candidates=volume * p.candidates, size=p.size)
+    def centres(self, kind): return self._task(Centres, recogniser=self.recogniser(), kind=kind, count=self.profile.set_subjects)
+    def generated(self, m, seed, inquiries=None, centres=None, runs=None, generator=None): # runs: (subjects, images) pairs
+        p, other = self.profile, {k: v for k, v in dict(centres=centres, generator=generator).items() if v}
+        sizes = dict(subjects=sum(n for n, _ in runs), per_subject=tuple(runs)) if runs else dict(subjects=p.set_subjects, per_subject=p.set_per_subject)
+        return self._task(GeneratedSet, **self._drawn_by(m) | other, inquiries=inquiries or self.inquiries(), **sizes, oversample=0 if centres else p.oversample, steps=p.steps, m=m, seed=seed)
+    def set_training(self, m, seed, student={}, **how): # student: settings that differ; how: as of `generated`
+        return self._task(SetTraining, generated=self.generated(m, seed, **how), config=self.student(seed).model_copy(update=student), benchmarks=self.benchmarks())
 
     def samples(self, count, per_inquiry, ms):
         return self._task(Samples, **self._drawn_by(ms[0]), inquiries=self.inquiries(), count=count,
