@@ -583,7 +583,7 @@ class Study:
         return self._made.setdefault(task.infra.uid(), task)
 
     def faces(self): return self._task(WorldFaces, world="casia", **self._of("subjects", "per_subject", "size"))
-    def training_faces(self): return self._task(WorldFaces, world="casia", subjects=self.profile.train_subjects, **self._of("per_subject", "size"))
+    def training_faces(self, world="casia"): return self._task(WorldFaces, world=world, subjects=self.profile.train_subjects, **self._of("per_subject", "size"))
     def benchmarks(self): return self._task(Benchmarks, **self._of("pairs", "size"))
     def _of(self, *names): return {n: getattr(self.profile, n) for n in names}
 
@@ -595,10 +595,10 @@ class Study:
         faces, simmat, shipped = (None, None, shipped_hash("generator/unet", "generator/conditioner")) if self.shipped else (self.training_faces(), self.profile.simmat, "")
         return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=self.profile.generator, simmat=simmat, shipped=shipped)
 
-    def variant(self, **changes): # the generator with other settings of SimMatConfig; but for the paper's profile it goes on from the usual one
+    def variant(self, world="casia", **changes): # the generator with other faces, or settings of SimMatConfig; but for the paper's profile it goes on from the usual one
         p = self.profile
         steps = dict(steps=p.variant_steps, warmup_steps=p.variant_steps // 10) if p.variant_steps else {}
-        faces, start = self.training_faces(), self.generator() if p.variant_steps else None
+        faces, start = self.training_faces(world), self.generator() if p.variant_steps else None
         return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=p.generator, simmat=p.simmat.model_copy(update=steps | changes), shipped="", start=start)
 
     def baseline(self):
