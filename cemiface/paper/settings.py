@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 
 from ..experiments import Study
 from ..published import trusted
@@ -32,8 +33,8 @@ def settings_table(runs:dict, # name of a setting -> task results, a seed each
 def seen(a:pd.Series, b:pd.Series, # rows of a `settings_table`
          n:int, # seeds
         )->bool:
-    "Is the difference of two AVG larger than twice its standard error?"
-    return n > 1 and bool(abs(a.AVG - b.AVG) > 2*np.sqrt((a.AVG_sd**2 + b.AVG_sd**2) / n))
+    "Does the spread over seeds exclude, at 95%, that two AVG are the same?"
+    return n > 1 and bool(abs(a.AVG - b.AVG) > student_t.ppf(.975, 2*n - 2)*np.sqrt((a.AVG_sd**2 + b.AVG_sd**2) / n))
 
 def settings_text(table:pd.DataFrame, n:int)->str: # n: seeds
     "Best setting here and in the paper, which differences are seen, and whether the orders agree."
