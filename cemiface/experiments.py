@@ -6,8 +6,8 @@
 __all__ = ['SEVEN', 'PAPER_DATA', 'SIZES', 'FAST', 'VARIANT_STEPS', 'TRAINING', 'PROFILES', 'CACHE', 'Profile', 'default_device',
            'WorldFaces', 'Benchmarks', 'shipped_models', 'shipped_centres', 'shipped_baseline', 'shipped_hash',
            'Recogniser', 'Generator', 'Baseline', 'Yardstick', 'Groups', 'accuracies', 'GroupTraining', 'RealTraining',
-           'Inquiries', 'Centres', 'GeneratedSet', 'SetTraining', 'Samples', 'draw_all', 'Judged', 'Study', 'parts',
-           'in_order']
+           'Inquiries', 'Centres', 'GeneratedSet', 'SetTraining', 'Embedded', 'Samples', 'draw_all', 'Judged', 'Study',
+           'parts', 'in_order']
 
 # %% ../nbs/15_experiments.ipynb #9113e8df
 import hashlib, logging, shutil, sys
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import exca
+import numpy as np
 import torch
 from diffusers.utils.logging import disable_progress_bar
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .cards import SetImages
 from .conditioning import GENERATORS
 from .data import FaceSet, open_faces
 from .dcface import DCFaceConfig, DCFacePipeline, shipped_dcface, start_from, style_bank, train_dcface
@@ -31,6 +33,7 @@ from .pipeline import CemiFacePipeline, ddim_scheduler, place, shipped_pipeline
 from .procfaces import BENCHMARKS, benchmark_pairs, world_faces
 from .recognition import RecogniserConfig, embed, load_recogniser, train_recogniser
 from .images import write_whole
+from .inspection import read_set
 from .simmat import SimMatConfig, train_generator
 from .inquiries import select_inquiries
 from .sets import image_seed
@@ -496,6 +499,34 @@ class SetTraining(BaseModel):
         faces = open_faces(self.generated.folder, self.benchmarks.size)
         return accuracies(faces, self.config, self.benchmarks.load(), _folder(self)/"train")
 
+# %% ../nbs/15_experiments.ipynb #68ff7563
+class Embedded(BaseModel):
+    "Embeddings of a set's images under E_id; of a generated set those drawn, not the copies of inquiries."
+    model_config = ConfigDict(extra="forbid")
+    recogniser: Recogniser = Field(description="E_id")
+    generated: GeneratedSet | None = Field(None, description="the set, if it is generated")
+    faces: WorldFaces | None = Field(None, description="the set, if it is rendered")
+    infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
+
+    @property
+    def title(self): return f"embeddings of {(self.faces or self.generated).title}"
+    def work(self): return "embed", self.faces.work()[1] if self.faces else self.generated.drawn
+
+    def images(self)->tuple: # images; their subjects, int64 [N]
+        if self.faces: return (faces := self.faces.load()).images, faces.labels
+        self.generated.run()
+        _, table, store = read_set(self.generated.folder)
+        rows = np.flatnonzero(table.sampler != "inquiry")
+        return SetImages(store, rows), torch.tensor(table.subject[rows].astype(int).to_numpy())
+
+    @infra.apply
+    def run(self)->dict:
+        images, labels = self.images()
+        _keep(self, emb=embed(self.recogniser.load()[0], images, progress=_bars()), labels=labels)
+        return dict(images=len(labels), device=default_device())
+
+    def load(self)->dict: return _kept(self) # emb [N,D], labels [N]
+
 # %% ../nbs/15_experiments.ipynb #6da6c322
 class Samples(BaseModel):
     "Images [m, inquiry, k] under the same noise at every m, with their embeddings."
@@ -584,6 +615,7 @@ class Study:
 
     def faces(self): return self._task(WorldFaces, world="casia", **self._of("subjects", "per_subject", "size"))
     def training_faces(self, world="casia"): return self._task(WorldFaces, world=world, subjects=self.profile.train_subjects, **self._of("per_subject", "size"))
+    def rendered_set(self, world): return self._task(WorldFaces, world=world, subjects=self.profile.set_subjects, per_subject=self.profile.set_per_subject, size=self.profile.size)
     def benchmarks(self): return self._task(Benchmarks, **self._of("pairs", "size"))
     def _of(self, *names): return {n: getattr(self.profile, n) for n in names}
 
@@ -628,9 +660,10 @@ class Study:
     def set_training(self, m, seed, student={}, **how): # student: settings that differ; how: as of `generated`
         return self._task(SetTraining, generated=self.generated(m, seed, **how), config=self.student(seed).model_copy(update=student), benchmarks=self.benchmarks())
 
-    def samples(self, count, per_inquiry, ms):
-        return self._task(Samples, **self._drawn_by(ms[0]), inquiries=self.inquiries(), count=count,
+    def samples(self, count, per_inquiry, ms, inquiries=None):
+        return self._task(Samples, **self._drawn_by(ms[0]), inquiries=inquiries or self.inquiries(), count=count,
                           per_inquiry=per_inquiry, ms=ms, steps=self.profile.steps)
+    def embedded(self, **source): return self._task(Embedded, recogniser=self.recogniser(), **source) # generated or faces
     def control(self): return self.samples(self.profile.inquiries, 1, self.profile.control_ms)
     def judged(self): return self._task(Judged, samples=self.control(), judge=self.real_training(), benchmarks=self.benchmarks())
 
