@@ -134,6 +134,7 @@ def table12(study:Study)->Finding:
     found = distances(sets, reference)
     table = pd.DataFrame({"set": list(sets), "images": reference.shape[0] * reference.shape[1], "Fréchet, E_id": found.whole.to_numpy(float),
                           "standard error": found.drop(columns="whole").std(axis=1).to_numpy(float)})
+    table["of it between means"] = [(v.mean((0, 1)) - reference.mean((0, 1))).square().sum().item() for v in sets.values()]
     table["FID published"] = table.set.map(published("table12").set_index("method").FID)
     return Finding(_further(found, len(reference), reference.shape[1]), table)
 
