@@ -22,7 +22,7 @@ NAMES = ["table7", "table12", "table6", "figure9"]
 
 def small(): # every setting that takes time, less
     p, less = PROFILES["smoke"], lambda config, **kw: config.model_copy(update=kw)
-    return less(p, pairs=10, per_subject=6, candidates=12, set_per_subject=3, steps=2, teacher=less(p.teacher, epochs=1), student=less(p.student, epochs=1),
+    return less(p, pairs=20, per_subject=6, candidates=12, set_per_subject=3, steps=2, teacher=less(p.teacher, epochs=1), student=less(p.student, epochs=1),
                 simmat=less(p.simmat, steps=4), dcface=less(p.dcface, steps=2), control_ms=(1., 0., -1.))
 
 
