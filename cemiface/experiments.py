@@ -6,8 +6,8 @@
 __all__ = ['SEVEN', 'PAPER_DATA', 'SIZES', 'FAST', 'VARIANT_STEPS', 'TRAINING', 'PROFILES', 'CACHE', 'Profile', 'default_device',
            'WorldFaces', 'Benchmarks', 'shipped_models', 'shipped_centres', 'shipped_baseline', 'shipped_hash',
            'Recogniser', 'Generator', 'Baseline', 'Yardstick', 'Groups', 'accuracies', 'GroupTraining', 'RealTraining',
-           'Inquiries', 'Centres', 'GeneratedSet', 'SetTraining', 'Embedded', 'Samples', 'draw_all', 'Judged', 'Study',
-           'parts', 'in_order']
+           'Inquiries', 'Centres', 'GeneratedSet', 'SetTraining', 'Dynamics', 'Embedded', 'Samples', 'draw_all',
+           'Judged', 'Study', 'parts', 'in_order']
 
 # %% ../nbs/15_experiments.ipynb #9113e8df
 import hashlib, logging, shutil, sys
@@ -499,6 +499,29 @@ class SetTraining(BaseModel):
         faces = open_faces(self.generated.folder, self.benchmarks.size)
         return accuracies(faces, self.config, self.benchmarks.load(), _folder(self)/"train")
 
+# %% ../nbs/15_experiments.ipynb #cce48263
+class Dynamics(BaseModel):
+    "A recogniser trained on a generated set and evaluated after every epoch (D.1)."
+    model_config = ConfigDict(extra="forbid")
+    generated: GeneratedSet = Field(description="the set")
+    config: RecogniserConfig = Field(description="training, with its seed")
+    benchmarks: Benchmarks = Field(description="evaluation")
+    infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
+
+    @property
+    def title(self): return f"recogniser on the set {self.generated.how}, seed {self.config.seed}, epoch by epoch"
+    def work(self): # an evaluated image costs two forward passes, a trained one about three
+        of = self.generated
+        return "train", (of.drawn + of.subjects * of.oversample + 10 * self.benchmarks.pairs * 2 / 3) * self.config.epochs
+
+    @infra.apply
+    def run(self)->dict: # a list a column of the history
+        self.generated.run()
+        faces, sets, out = open_faces(self.generated.folder, self.benchmarks.size), self.benchmarks.load(), _folder(self)/"train"
+        trained = train_recogniser(faces, self.config, out, lambda net: evaluate(net, sets)["accuracy"], progress=_bars())
+        shutil.rmtree(out, ignore_errors=True)
+        return dict(history=trained.history.to_dict("list"), images=len(faces), subjects=faces.n_subjects, device=default_device())
+
 # %% ../nbs/15_experiments.ipynb #68ff7563
 class Embedded(BaseModel):
     "Embeddings of a set's images under E_id; of a generated set those drawn, not the copies of inquiries."
@@ -659,6 +682,8 @@ class Study:
         return self._task(GeneratedSet, **self._drawn_by(m) | other, inquiries=inquiries or self.inquiries(), **sizes, oversample=0 if centres else p.oversample, steps=p.steps, m=m, seed=seed)
     def set_training(self, m, seed, student={}, **how): # student: settings that differ; how: as of `generated`
         return self._task(SetTraining, generated=self.generated(m, seed, **how), config=self.student(seed).model_copy(update=student), benchmarks=self.benchmarks())
+
+    def dynamics(self, m, seed): return self._task(Dynamics, generated=self.generated(m, seed), config=self.student(seed), benchmarks=self.benchmarks())
 
     def samples(self, count, per_inquiry, ms, inquiries=None):
         return self._task(Samples, **self._drawn_by(ms[0]), inquiries=inquiries or self.inquiries(), count=count,

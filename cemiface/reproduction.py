@@ -62,7 +62,7 @@ class Result:
     name: str; title: str; needs: Callable; make: Callable
 
 RESULTS = {}
-PAPER_NOTEBOOKS = ("groups", "impact_of_m", "settings", "inquiry_sources", "methods")
+PAPER_NOTEBOOKS = ("groups", "impact_of_m", "settings", "inquiry_sources", "methods", "training", "structure")
 
 def result(title:str, # heading, with the paper's number and section
            needs:Callable): # study -> the tasks that the result reads
