@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'KINDS', 'SAMPLERS', 'generator_cost', 'unet_and_input', 'bench_sampling', 'where_sampling_goes',
-           'bench_generator_training', 'frechet_distance', 'bench_steps', 'bench_accuracy', 'generator_parts',
-           'run_bench_generator']
+           'bench_generator_training', 'bench_steps', 'bench_accuracy', 'generator_parts', 'run_bench_generator']
 
 # %% ../nbs/16_bench_generator.ipynb #d570a80e
 import json
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from .audit import frechet_distance
 from .backbones import backbone
 from .bench import DTYPES, alone, bench_device, machine, matmul_peak, repeat_for
 from .conditioning import GENERATORS, face_conditioner, face_unet
@@ -119,16 +119,6 @@ def bench_generator_training(
             rate = float(pd.read_csv(Path(folder)/"log.csv").images_per_s.iloc[-1])
     return dict(configuration=name, precision=precision, compile=compile, batch_size=batch_size, extrapolated=extrapolated, images_per_s=float(f"{rate:.3g}"),
                 gflop_per_image=cost["gflop_trained"], share_of_peak=round(rate * cost["gflop_trained"] * 1e9 / matmul_peak(precision), 3))
-
-# %% ../nbs/16_bench_generator.ipynb #461b6bf8
-def frechet_distance(
-    a:Tensor, # [N,D] embeddings
-    b:Tensor, # [M,D]
-)->float: # squared distance
-    "Fréchet distance between two sets of embeddings, each taken as normally distributed. ValueError for fewer than two rows."
-    if min(len(a), len(b)) < 2: raise ValueError(f"sets of {len(a)} and {len(b)} embeddings have no covariance: give at least two each")
-    (mean_a, xa), (mean_b, xb) = ((x.mean(0), (x - x.mean(0)) / (len(x) - 1)**.5) for x in (a.double(), b.double()))
-    return ((mean_a - mean_b).square().sum() + xa.square().sum() + xb.square().sum() - 2 * torch.linalg.svdvals(xa @ xb.T).sum()).item()
 
 # %% ../nbs/16_bench_generator.ipynb #a43a3463
 SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}

@@ -30,8 +30,10 @@ app.add_typer(bench_app, name="bench")
 @app.command()
 @one_line_errors
 def reproduce(
+    results: Annotated[Optional[list[str]], typer.Argument(help="names, such as table6 fig4; default: the paper's claim, ten results")] = None,
     profile: Annotated[Optional[str], typer.Option(help="smoke, laptop, gpu or paper; default: gpu with CUDA, else laptop")] = None,
-    results: Annotated[Optional[list[str]], typer.Option(help="only these results, such as table1; repeat for several")] = None,
+    every: Annotated[bool, typer.Option("--all", help="every result")] = False,
+    show: Annotated[bool, typer.Option("--list", help="print every result, and how much of it is made, and stop")] = False,
     out: Out = Path("cemiface_out"),
     seeds: Annotated[int, typer.Option(help="repetitions of every set and every training")] = 2,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="train what would start from shipped weights")] = False,
@@ -45,12 +47,16 @@ def reproduce(
 
     Example: cemiface reproduce --profile laptop --out results
 
-    Example: cemiface reproduce --profile paper --dry-run
+    Example: cemiface reproduce table7 fig9
+
+    Example: cemiface reproduce --all --profile paper --dry-run
     """
-    from cemiface import reproduction
+    from cemiface import experiments, reproduction
     profile = profile or ("gpu" if pick_device(None) == "cuda" else "laptop")
     if bench and not dry_run: raise ValueError("--bench is for a plan: add --dry-run")
-    found = reproduction.reproduce(profile, results or None, out, seeds, from_scratch, jobs or (1 if from_scratch else reproduction.default_jobs()), dry_run=dry_run, bench=tuple(bench or ()))
+    if every and results: raise ValueError(f"--all makes every result: leave {results[0]} out, or --all")
+    if show: return typer.echo(reproduction.list_results(experiments.Study(profile, out, seeds, from_scratch)))
+    found = reproduction.reproduce(profile, list(reproduction.all_results()) if every else results or None, out, seeds, from_scratch, jobs or (1 if from_scratch else reproduction.default_jobs()), dry_run=dry_run, bench=tuple(bench or ()))
     if any(isinstance(f, str) for f in found.values()): raise typer.Exit(1)
 
 # %% ../nbs/17_cli.ipynb #2d8a25c8

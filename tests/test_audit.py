@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import rankdata
 
-from cemiface.audit import (BUCKETS, achieved_similarity, class_cosines, control_curve, draw_pairs, plot_class_cosines, plot_control,
+from cemiface.audit import (BUCKETS, achieved_similarity, class_cosines, control_curve, draw_pairs, frechet_distance, plot_class_cosines, plot_control,
                             plot_tsne, tsne_points)
 
 
@@ -98,6 +98,17 @@ def test_class_cosines_of_orthogonal_subjects():
     same, different = class_cosines(emb, np.repeat(np.arange(4), 3), pairs=100)
     assert same == pytest.approx(np.ones(100)) and different == pytest.approx(np.zeros(100))
     torch.testing.assert_close(class_cosines(torch.tensor(emb), np.repeat(np.arange(4), 3), 100)[0], same)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 6), st.integers(0, 10**6))
+def test_frechet_distance_is_a_distance_that_no_rotation_changes(n, m, d, seed):
+    g = torch.Generator().manual_seed(seed)
+    a, b, shift = torch.randn(n, d, generator=g).double(), 2*torch.randn(m, d, generator=g).double(), torch.randn(d, generator=g).double()
+    turn = torch.linalg.qr(torch.randn(d, d, generator=g).double())[0]
+    there = frechet_distance(a, b)
+    assert there >= -1e-9 and there == pytest.approx(frechet_distance(b, a), abs=1e-9) == pytest.approx(frechet_distance(a @ turn, b @ turn), abs=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9) and frechet_distance(a, a + shift) == pytest.approx(shift.square().sum().item(), abs=1e-9)
 
 
 def test_tsne_is_seeded_and_keeps_clusters_together():

@@ -411,7 +411,7 @@ def test_m_outside(m, tmp_path):
 def test_unknown_world_and_profile(tmp_path):
     assert "casia" in error(2, "train-recogniser", "--data", "proc:mars", "--out", tmp_path / "out", *TINY)
     assert "laptop" in error(2, "reproduce", "--profile", "huge", "--out", tmp_path / "out")
-    assert "table11" in error(2, "reproduce", "--profile", "smoke", "--results", "table99", "--out", tmp_path / "out")
+    assert "table11" in error(2, "reproduce", "table99", "--profile", "smoke", "--out", tmp_path / "out")
     assert "CASIA-WebFace" in error(2, "reproduce", "--profile", "paper", "--out", tmp_path / "out")
 
 

@@ -25,7 +25,7 @@ from cemiface.pipeline import CemiFacePipeline, untrained_pipeline
 from cemiface.reproduction import Finding, bench_rates, pack, reproduce
 
 COMMAND = [sys.executable, "-c", "from cemiface.cli import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
-           "--results", "table1", "--results", "figure2", "--jobs", "2"]
+           "table1", "fig2", "--jobs", "2"]
 
 
 def finished(out):
