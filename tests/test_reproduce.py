@@ -173,7 +173,7 @@ def test_a_change_up_the_chain_means_another_task(tmp_path):
 def test_a_recogniser_is_trained_on_a_set_of_the_baseline(killed):
     study = Study("smoke", killed[0], seeds=1)
     task = study.set_training(None, 0)
-    assert {"baseline, preset smoke", "set of 8 x 6 by DCFace, seed 0", "recogniser on the set by DCFace, seed 0"} <= {t.title for t in in_order([task])}
+    assert {"baseline, preset smoke", "set of 48 images of 8 by DCFace, seed 0", "recogniser on the set by DCFace, seed 0"} <= {t.title for t in in_order([task])}
     found = task.run()
     assert found["images"] == 8 * (6 + 2) and found["subjects"] == 8 and 0 <= found["accuracy"]["AVG"] <= 100
     table = pd.read_csv(task.generated.folder / "manifest.csv")
