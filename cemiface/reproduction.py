@@ -364,7 +364,7 @@ def findings_of(study:Study, chosen:list[Result], failed:dict[str, str])->dict[s
 def _also_there(study:Study, chosen:list[Result])->list[Result]:
     "Results of earlier runs: the page keeps them."
     rest = [r for r in all_results().values() if r not in chosen]
-    return [r for r in rest if all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
+    return [r for r in rest if r.needs(study) and all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
 
 # %% ../nbs/16_reproduction.ipynb #f72b50e4
 def reproduce(
