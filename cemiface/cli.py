@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from .commands import (Device, Faces, Out, PerSubject, Recogniser, Seed, Strict, Subjects, bench_app, claim, data_app, named_path, one_line_errors, open_named, open_pipeline,
+from .commands import (Device, Faces, Out, PerSubject, Recogniser, Seed, Strict, Subjects, bench_app, check_tracker, claim, data_app, named_path, one_line_errors, open_named, open_pipeline,
                                open_recogniser, pick_device, recogniser_app, set_app)
 
 # %% ../nbs/17_cli.ipynb #dba92024
@@ -248,6 +248,7 @@ def train_recogniser(
     matplotlib.use("Agg")
     from cemiface import recognition as r
     from cemiface.images import write_whole
+    check_tracker(log_with)
     judges, world = verification_sets(sets, skip_damaged), int(os.environ.get("WORLD_SIZE", 1))
     faces = open_named(data, size, subjects, per_subject, seed, min_per_subject, strict)
     batch = batch_size or min(512, max(8, len(faces) // 20), len(faces)) // world * world
@@ -471,6 +472,7 @@ def train_generator(
     config = settings_of(getattr(PROFILES[preset], method).model_copy(update=quick | {k: v for k, v in asked.items() if v is not None}), changes or [])
     if list_settings: return typer.echo(settings_table(config))
     if data is None: raise ValueError("--data is missing: name the training faces")
+    check_tracker(log_with)
     network = open_recogniser(recogniser, device)
     sizes, size = GENERATORS[preset], network.config.size
     if sizes.size != size: raise ValueError(f"preset {preset} draws {sizes.size} pixels, but {recogniser} takes {size}: choose another --preset or --recogniser")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BAD_INPUT', 'Out', 'Device', 'Faces', 'Recogniser', 'Seed', 'Subjects', 'PerSubject', 'Strict', 'Channels',
-           'data_app', 'recogniser_app', 'set_app', 'bench_app', 'one_line_errors', 'claim', 'pick_device',
-           'say_left_out', 'open_named', 'named_path', 'open_recogniser', 'data_convert', 'data_lint', 'data_align',
-           'recogniser_import', 'recogniser_export', 'set_verify', 'set_merge', 'open_pipeline', 'set_regenerate',
-           'set_card', 'bench_recognition', 'bench_generator']
+           'data_app', 'recogniser_app', 'set_app', 'bench_app', 'one_line_errors', 'claim', 'check_tracker',
+           'pick_device', 'say_left_out', 'open_named', 'named_path', 'open_recogniser', 'data_convert', 'data_lint',
+           'data_align', 'recogniser_import', 'recogniser_export', 'set_verify', 'set_merge', 'open_pipeline',
+           'set_regenerate', 'set_card', 'bench_recognition', 'bench_generator']
 
 # %% ../nbs/16_commands.ipynb #b8df9925
 import functools, json, os, warnings
@@ -74,6 +74,12 @@ Strict = Annotated[bool, typer.Option("--strict", help="stop at an unreadable im
 Channels = Annotated[Optional[Literal["rgb", "bgr"]], typer.Option(help="what the checkpoint takes; default: bgr for AdaFace and DCFace, else rgb")]
 
 # %% ../nbs/16_commands.ipynb #5be59305
+def check_tracker(name:str|None):
+    "ValueError if a tracker is not installed: accelerate would only warn."
+    from accelerate.tracking import get_available_trackers
+    known = [str(getattr(t, "value", t)) for t in get_available_trackers()]
+    if name and name not in known: raise ValueError(f"--log-with {name}: this tracker is not installed (installed: {', '.join(known) or 'none'}): pip install {name}, or leave --log-with out")
+
 def pick_device(name:str|None)->str: # the named one, or cuda where there is any
     import torch
     return name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -256,15 +256,16 @@ def test_groups_of_own_folder(folder, model, tmp_path):
 
 def test_generator_with_settings_of_a_table(folder, model, generator, tmp_path):
     words = ("train-generator", "--data", folder, "--recogniser", model, "--preset", "smoke", "--batch-size", 8, "--set", "similarity=euclidean", "--set", "interval=none", "--set", "m_span=[0, 1]")
-    said = ok(*words, "--steps", 3, "--out", tmp_path / "one", "--init", generator, "--sample-every", 2, "--log-with", "tensorboard")
+    said = ok(*words, "--steps", 3, "--out", tmp_path / "one", "--init", generator, "--sample-every", 2)
     assert "3 steps of 8 images" in said and Image.open(tmp_path / "one" / "training.png").size[0] > 300
-    assert (tmp_path / "one" / "train" / "samples" / "0000002.png").exists() and list((tmp_path / "one").rglob("events.out*"))
+    assert (tmp_path / "one" / "train" / "samples" / "0000002.png").exists()
     about = json.loads((tmp_path / "one" / "command.json").read_text())
     assert (about["similarity"], about["interval"], about["m_span"]) == ("euclidean", None, [0., 1.])
     ok(*words, "--steps", 4, "--out", tmp_path / "one", "--init", generator)  # more steps go on
     assert "another similarity" in error(2, *words, "--set", "similarity=cosine", "--out", tmp_path / "one", "--init", generator)
     assert "--list-settings" in error(2, *words, "--set", "lamda=1", "--out", tmp_path / "two")
     assert "greater than 0" in error(2, *words, "--set", "interval=-1", "--out", tmp_path / "two")
+    assert "pip install nobodys" in error(2, *words, "--log-with", "nobodys", "--out", tmp_path / "two")
     assert "lambda_simmat" in ok("train-generator", "--preset", "smoke", "--list-settings")
 
 
