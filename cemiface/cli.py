@@ -392,7 +392,7 @@ def groups(
                (f"\nTrain on one: cemiface train-recogniser --data {out/f'group_{n_groups // 2}'}{'.txt' * (write == 'list')}" if write else ""))
 
 # %% ../nbs/17_cli.ipynb #bdbc834a
-def _trainers()->dict: # name of a method -> its settings, where a profile keeps them, training, and what is made of it
+def _trainers()->dict: # name of a method -> its training, and the pipeline made of (UNet, conditioner, recogniser, scheduler) and the faces
     "What `train-generator` can train."
     from cemiface.dcface import DCFacePipeline, style_bank, train_dcface
     from cemiface.pipeline import CemiFacePipeline

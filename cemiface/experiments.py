@@ -466,6 +466,9 @@ class GeneratedSet(BaseModel):
     def drawn(self)->int: # images
         return self.subjects * self.per_subject if isinstance(self.per_subject, int) else sum(n * k for n, k in self.per_subject)
     @property
+    def images(self)->int: # those drawn, and the copies of inquiries
+        return self.drawn + self.subjects * self.oversample
+    @property
     def title(self): return f"set of {self.drawn} images of {self.subjects} {self.how}, seed {self.seed}"
     def work(self): return "denoise", self.drawn * self.steps
 
@@ -490,8 +493,7 @@ class SetTraining(BaseModel):
 
     @property
     def title(self): return f"recogniser on the set {self.generated.how}, seed {self.config.seed}"
-    def work(self):
-        return "train", (self.generated.drawn + self.generated.subjects * self.generated.oversample) * self.config.epochs
+    def work(self): return "train", self.generated.images * self.config.epochs
 
     @infra.apply
     def run(self)->dict:
@@ -511,8 +513,7 @@ class Dynamics(BaseModel):
     @property
     def title(self): return f"recogniser on the set {self.generated.how}, seed {self.config.seed}, epoch by epoch"
     def work(self): # an evaluated image costs two forward passes, a trained one about three
-        of = self.generated
-        return "train", (of.drawn + of.subjects * of.oversample + 10 * self.benchmarks.pairs * 2 / 3) * self.config.epochs
+        return "train", (self.generated.images + 10 * self.benchmarks.pairs * 2 / 3) * self.config.epochs
 
     @infra.apply
     def run(self)->dict: # a list a column of the history
