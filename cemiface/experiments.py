@@ -242,6 +242,7 @@ class Generator(BaseModel):
         if self.start is None: return f"generator, preset {self.preset}"
         usual = self.start.simmat or SimMatConfig()
         differs = [f"{k} {v}" for k, v in self.simmat if k in ("lambda_simmat", "similarity", "identity", "interval", "m_span") and v != getattr(usual, k)]
+        if self.recogniser.infra.uid() != self.start.recogniser.infra.uid(): differs.append(f"with {self.recogniser.title}")
         return f"generator, preset {self.preset}, {', '.join(differs) or 'trained on as it was'}"
     def work(self): return ("load", 1) if self.simmat is None else ("simmat", self.simmat.steps * self.simmat.batch_size)
 
@@ -376,7 +377,7 @@ class RealTraining(BaseModel):
     infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
 
     @property
-    def title(self): return f"recogniser on all real faces, seed {self.config.seed}"
+    def title(self): return f"recogniser on all real faces, {self.config.margin}, seed {self.config.seed}"
     def work(self): return "train", self.faces.work()[1] * self.config.epochs
 
     @infra.apply
@@ -562,16 +563,17 @@ class Samples(BaseModel):
     per_inquiry: int = Field(description="images for each at each m")
     ms: tuple[float | None, ...] = Field(description="values of m; a single None with the baseline")
     steps: int = Field(description="DDIM steps")
+    centres: Centres | None = Field(None, description="embeddings in the place of inquiries")
     infra: exca.TaskInfra = exca.TaskInfra(version=CACHE, mode="retry")
 
     @property
-    def title(self): return f"samples of {self.count} inquiries x {self.per_inquiry} " + ("by DCFace" if self.ms == (None,) else f"at {len(self.ms)} values of m")
+    def title(self): return f"samples of {self.count} {f'{self.centres.kind} centres' if self.centres else 'inquiries'} x {self.per_inquiry} " + ("by DCFace" if self.ms == (None,) else f"at {len(self.ms)} values of m")
     def work(self): return "denoise", self.count * self.per_inquiry * len(self.ms) * self.steps
 
     @infra.apply
     def run(self)->dict:
-        pipe, kept = place((self.baseline or self.generator).load(), default_device()), self.inquiries.load()
-        emb = kept["emb"][:self.count].repeat_interleave(self.per_inquiry, 0)
+        pipe, asked = place((self.baseline or self.generator).load(), default_device()), self.asked()
+        emb = asked["inquiry_emb"].repeat_interleave(self.per_inquiry, 0)
         seeds, parts = [image_seed(0, i, k) for i in range(self.count) for k in range(self.per_inquiry)], []
         for j, m in enumerate(self.ms):
             path = _folder(self)/f"m{j}.safetensors"
@@ -580,9 +582,13 @@ class Samples(BaseModel):
         images = torch.stack(parts)
         found = torch.stack([embed(pipe.recogniser, p).cpu() for p in parts])
         shape = (len(self.ms), self.count, self.per_inquiry)
-        _keep(self, images=images.view(*shape, *images.shape[2:]), emb=found.view(*shape, -1),
-              inquiry=kept["images"][:self.count], inquiry_emb=kept["emb"][:self.count])
+        _keep(self, images=images.view(*shape, *images.shape[2:]), emb=found.view(*shape, -1), **asked)
         return dict(device=default_device())
+
+    def asked(self)->dict: # inquiry_emb [N,D], and the images `inquiry` that they are of
+        if self.centres: return dict(inquiry_emb=self.centres.faces(self.count))
+        kept = self.inquiries.load()
+        return dict(inquiry=kept["images"][:self.count], inquiry_emb=kept["emb"][:self.count])
 
     def load(self)->dict: return _kept(self)
 
@@ -643,6 +649,11 @@ class Study:
     def benchmarks(self): return self._task(Benchmarks, **self._of("pairs", "size"))
     def _of(self, *names): return {n: getattr(self.profile, n) for n in names}
 
+    def pretrained(self, margin): # another E_id, trained with this loss; as new to the usual generator's variants with one loss as with another
+        p = self.profile
+        config = p.teacher.model_copy(update=dict(margin=margin) | (dict(seed=p.teacher.seed + 1) if p.variant_steps else {}))
+        return self._task(Recogniser, faces=self.training_faces(), config=config, shipped="")
+
     def recogniser(self):
         if self.shipped: return self._task(Recogniser, faces=None, config=None, shipped=shipped_hash("generator/recogniser"))
         return self._task(Recogniser, faces=self.training_faces(), config=self.profile.teacher, shipped="")
@@ -651,11 +662,11 @@ class Study:
         faces, simmat, shipped = (None, None, shipped_hash("generator/unet", "generator/conditioner")) if self.shipped else (self.training_faces(), self.profile.simmat, "")
         return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=self.profile.generator, simmat=simmat, shipped=shipped)
 
-    def variant(self, world="casia", **changes): # the generator with other faces, or settings of SimMatConfig; but for the paper's profile it goes on from the usual one
+    def variant(self, world="casia", recogniser=None, **changes): # the generator with other faces, another E_id, or settings of SimMatConfig; but for the paper's profile it goes on from the usual one
         p = self.profile
         steps = dict(steps=p.variant_steps, warmup_steps=p.variant_steps // 10) if p.variant_steps else {}
         faces, start = self.training_faces(world), self.generator() if p.variant_steps else None
-        return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=p.generator, simmat=p.simmat.model_copy(update=steps | changes), shipped="", start=start)
+        return self._task(Generator, recogniser=recogniser or self.recogniser(), faces=faces, preset=p.generator, simmat=p.simmat.model_copy(update=steps | changes), shipped="", start=start)
 
     def baseline(self):
         parts = [f"dcface/{p}" for p in ("unet", "conditioner", "bank")]
@@ -671,7 +682,7 @@ class Study:
     def group_training(self, group, seed):
         return self._task(GroupTraining, groups=self.groups(), group=group, config=self.student(seed), benchmarks=self.benchmarks())
 
-    def real_training(self): return self._task(RealTraining, faces=self.faces(), config=self.student(0), benchmarks=self.benchmarks())
+    def real_training(self, seed=0, **student): return self._task(RealTraining, faces=self.faces(), config=self.student(seed).model_copy(update=student), benchmarks=self.benchmarks())
 
     def inquiries(self, world="webface_1shot", volume=1): # faces of a world; more of them for sets of a larger volume
         p = self.profile
@@ -686,8 +697,8 @@ class Study:
 
     def dynamics(self, m, seed): return self._task(Dynamics, generated=self.generated(m, seed), config=self.student(seed), benchmarks=self.benchmarks())
 
-    def samples(self, count, per_inquiry, ms, inquiries=None):
-        return self._task(Samples, **self._drawn_by(ms[0]), inquiries=inquiries or self.inquiries(), count=count,
+    def samples(self, count, per_inquiry, ms, inquiries=None, **other): # other: a generator, centres
+        return self._task(Samples, **self._drawn_by(ms[0]) | other, inquiries=inquiries or self.inquiries(), count=count,
                           per_inquiry=per_inquiry, ms=ms, steps=self.profile.steps)
     def embedded(self, **source): return self._task(Embedded, recogniser=self.recogniser(), **source) # generated or faces
     def control(self): return self.samples(self.profile.inquiries, 1, self.profile.control_ms)
