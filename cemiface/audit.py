@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUCKETS', 'achieved_similarity', 'ControlCurve', 'control_curve', 'plot_control', 'tsne_points', 'plot_tsne',
-           'draw_pairs', 'class_cosines', 'plot_class_cosines', 'frechet_distance', 'read_moments',
+           'draw_pairs', 'class_cosines', 'plot_class_cosines', 'frechet_distance', 'read_arrays', 'read_moments',
            'frechet_of_moments']
 
 # %% ../nbs/14_audit.ipynb #45ddc88c
@@ -173,16 +173,23 @@ def frechet_distance(
     return ((mean_a - mean_b).square().sum() + xa.square().sum() + xb.square().sum() - 2 * torch.linalg.svdvals(xa @ xb.T).sum()).item()
 
 # %% ../nbs/14_audit.ipynb #2c8da5f0
+def read_arrays(path:str|Path)->np.ndarray|dict: # the array of a .npy; mu and sigma of a .npz, float64
+    "ValueError or OSError says what the file is instead."
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray): return found
+        with found: return {k: np.asarray(found[k], np.float64) for k in ("mu", "sigma") if k in found}
+    except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{path} holds no array of numbers ({e}): write features [N,D] with numpy.save") from e
+
 def read_moments(path:str|Path)->tuple[Tensor, Tensor]: # mean [D], covariance [D,D], float64
     "Moments of features: a .npy [N,D], or a .npz with mu and sigma. ValueError or OSError says what the file is instead."
-    try: found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{path} holds no array of numbers ({e}): write features [N,D] with numpy.save") from e
+    found = read_arrays(path)
     if isinstance(found, np.ndarray):
         if found.ndim != 2 or len(found) < 2 or found.dtype.kind != "f": raise ValueError(f"{path} has the shape {found.shape} of {found.dtype}: give features [N,D], a row an image, at least two")
         found = dict(mu=found.astype(np.float64).mean(0), sigma=np.cov(found.astype(np.float64), rowvar=False).reshape(found.shape[1], found.shape[1]))
-    if not {"mu", "sigma"} <= set(found): raise ValueError(f"{path} has no mu and sigma: write it with pytorch_fid --save-stats, or give features as .npy")
-    mu, sigma = (torch.as_tensor(np.asarray(found[k], np.float64)) for k in ("mu", "sigma"))
-    if sigma.shape != (len(mu), len(mu)) or not (mu.isfinite().all() and sigma.isfinite().all()): raise ValueError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit, or are not finite: compute them again")
+    if len(found) < 2: raise ValueError(f"{path} has no mu and sigma: write it with pytorch_fid --save-stats, or give features as .npy")
+    mu, sigma = (torch.as_tensor(found[k]) for k in ("mu", "sigma"))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.isfinite().all() and sigma.isfinite().all()): raise ValueError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit, or are not finite: compute them again")
     return mu, sigma
 
 def frechet_of_moments(mu_a:Tensor, sigma_a:Tensor, mu_b:Tensor, sigma_b:Tensor)->float: # squared distance

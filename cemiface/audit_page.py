@@ -200,7 +200,7 @@ def frechet_part(a:Audit)->Finding:
     if a.features:
         x, y = map(read_moments, a.features)
         rows.insert(0, (f"Inception features from {Path(a.features[0]).name}, {Path(a.features[1]).name}", f"{a.faces.name} and {a.other.name}", "as in the files", frechet_of_moments(*x, *y)))
-    told = f"{rows[0][3]:.3g} in {rows[0][0]}; " * bool(a.features)
+    told = f"{rows[0][3]:.3f} in {rows[0][0]}; " * bool(a.features)
     return Finding(f"The sets are apart by {told}{rows[-3][3]:.3f} in the recogniser's embeddings; at {n} images each {rows[-2][3]:.3f}, and {rows[-1][3]:.3f} between two halves of the real people. "
                    + ("" if a.features else "Without files of Inception features (--features) this is no FID, and not to be compared with one. ") + "A distance falls with the number of images: read it beside the last row.",
                    pd.DataFrame(rows, columns=["features", "between", "images each", "distance"]))

@@ -87,17 +87,18 @@ def nearest_others(probes:Tensor|np.ndarray, # [P,D], templates
     own:Tensor|np.ndarray|None=None, # [P], whom of the gallery each probe must not meet, -1: nobody; None: nobody at all
     fmr:float|None=None, # of the threshold
     progress:bool=False,
+    block:int=2**26, # cosines at a time
 )->Nearest:
     "Compare every probe with every image of somebody else. ValueError on NaN, or if there is nobody else."
     p, g, labels = _unit(probes, "probes"), _unit(gallery, "gallery"), torch.as_tensor(labels).int()
     own = torch.full((len(p),), -1) if own is None else torch.as_tensor(own)
-    counts = torch.bincount(labels, minlength=int(own.max()) + 1)
+    counts = torch.bincount(labels, minlength=max(int(own.max()), 0) + 1)
     others = len(g) - counts[own.clamp_min(0)] * (own >= 0)
     if not (others > 0).all(): raise ValueError("there is nobody else to compare with: give a gallery of at least two people")
     pairs = int(others.sum())
     top = int(fmr*pairs) + 1 if fmr and fmr*pairs >= 10 else 0
     found, kept = [], torch.empty(0)
-    for some in tqdm(torch.arange(len(p)).split(max(1, 2**26 // len(g))), desc="comparing", disable=not progress):
+    for some in tqdm(torch.arange(len(p)).split(max(1, block // len(g))), desc="comparing", disable=not progress):
         dots = p[some] @ g.T
         if (own[some] >= 0).any(): dots.masked_fill_(own[some, None].int() == labels, -2)
         found.append(dots.max(1))
