@@ -52,6 +52,7 @@ def open_generated(out:str|Path, # a finished set
     m = table.m[drawn].astype(float).to_numpy() if (table.m[drawn] != "").all() else None
     return some(drawn, Path(out).name), m, some(copies, notes["source"]) if len(copies) else None
 
+# %% ../nbs/16_audit_page.ipynb #1df1e6c2
 def check_inquiries(out:str|Path, inquiries:FaceSet):
     "ValueError if a set was drawn from other inquiries, or in another order: it keeps their hash."
     h = hashlib.blake2b(digest_size=16)
@@ -122,6 +123,7 @@ def rows_of(faces:FaceSet, subjects:list[int], images:int, first:dict={})->Tenso
         out[row, :len(own[:images])] = faces.images[torch.tensor(own[:images])]
     return out
 
+# %% ../nbs/16_audit_page.ipynb #f64ad7eb
 @figure_style()
 def plot_face_rows(blocks:dict[str, Tensor], # title -> uint8 [R,C,3,S,S]
     labels:list[str], # [R], right of the rows
@@ -148,6 +150,7 @@ def faces_part(a:Audit)->Finding:
     return Finding(f"{a.faces.name} holds {_count(a.faces)}, compared with {_count(a.other)} in {a.other.name}. A row is a subject, the first {len(some)} of them.",
                    figure=plot_face_rows(blocks, [a.faces.subjects[s] for s in some]))
 
+# %% ../nbs/16_audit_page.ipynb #845c584c
 @figure_style()
 def plot_achieved(cos:np.ndarray)->Figure:
     "Histogram of the cosines to the inquiry."
@@ -157,6 +160,7 @@ def plot_achieved(cos:np.ndarray)->Figure:
     ax.set(xlabel="cosine to the inquiry", ylabel="images"); ax.legend(loc="upper left")
     return fig
 
+# %% ../nbs/16_audit_page.ipynb #af4397b2
 def similarity_part(a:Audit)->Finding:
     "Table 7's row, at each m."
     inquiries, labels = a.asked(), a.faces.labels
@@ -225,6 +229,7 @@ def leakage_part(a:Audit)->Finding:
     impostors = some_impostors(a.people, a.other_emb, a.other.labels, a.people_own)
     return Finding(_leak_text(a.leak, "generated subjects", f"people of {a.other.name}", a.real_name, a.fmr), _leak_table(a.leak), plot_leakage(a.leak, impostors, a.other.name))
 
+# %% ../nbs/16_audit_page.ipynb #35671dc8
 def nearest_table(a:Audit)->pd.DataFrame: # one row a subject, nearest first
     "Whom every subject is nearest to."
     near = a.leak.found
@@ -232,6 +237,7 @@ def nearest_table(a:Audit)->pd.DataFrame: # one row a subject, nearest first
     if a.inquiry_emb is not None: table["inquiry_cosine"] = (a.inquiry_emb * a.other_emb[near.row]).sum(1)
     return table.sort_values("cosine", ascending=False, kind="stable")
 
+# %% ../nbs/16_audit_page.ipynb #862211b7
 def offenders_part(a:Audit, rows:int=6)->Finding:
     "The subjects nearest to a person of the other set, in pictures."
     worst = nearest_table(a).head(rows)
@@ -243,6 +249,7 @@ def offenders_part(a:Audit, rows:int=6)->Finding:
                    + ("inquiry_cosine is the inquiry's own to that image: where it is as high, the person came in with the inquiry, not from the generator's memory. " if a.inquiries is not None else "")
                    + "All subjects are in tables/subjects.csv.", worst.drop(columns="row"), plot_face_rows(blocks, [f"{c:.2f}" for c in worst.cosine]))
 
+# %% ../nbs/16_audit_page.ipynb #6b17f3c4
 def inquiry_part(a:Audit)->Finding:
     "Are the subjects people of each other's inquiries?"
     inquiries, own = a.asked(), torch.arange(a.faces.n_subjects)
@@ -285,6 +292,7 @@ def write_audit(a:Audit, out:str|Path, recogniser:str)->dict[str, "Finding|str"]
     out, found = Path(out), findings_of(a)
     for name, f in found.items():
         if isinstance(f, Finding): write_finding(out, name, f)
+        if getattr(f, "figure", None) is not None: plt.close(f.figure)
     if isinstance(found["leakage"], Finding): write_whole(out/"tables"/"subjects.csv", nearest_table(a).drop(columns="row").to_csv(index=False).encode())
     about = {"set": f"{a.faces.name}, {_count(a.faces)}" + ("" if a.m is None else f", m = {', '.join(f'{m:g}' for m in sorted(set(a.m)))}"), "compared with": f"{a.other.name}, {_count(a.other)}",
              "real people of the leakage": f"{a.real_name}, {len(a.people)}; {a.images_each[0]} and {a.images_each[1]} images make equally reliable templates of a subject and of a person", "inquiries": a.inquiries.name if a.inquiries is not None else "none",
