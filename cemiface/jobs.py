@@ -122,8 +122,9 @@ def in_job(task, cpus:int, processes:int, parent:int|None)->tuple[float, str, st
     signal.signal(signal.SIGTERM, signal.SIG_DFL) # submitit would let it pass, and `scancel` wait half a minute
     os.environ["OMP_NUM_THREADS"] = str(cpus)
     torch.set_num_threads(cpus)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger(__name__).info("%s, %d process(es), %s", task.title, processes, device_name())
+    log = logging.getLogger(__name__)
+    log.setLevel(logging.INFO), log.addHandler(logging.StreamHandler())
+    log.info("%s, %d process(es), %s", task.title, processes, device_name())
     if parent: end_with(parent)
     return attempt(task, processes)
 

@@ -93,8 +93,9 @@ def rank_agreement(ours:pd.Series, theirs:pd.Series)->str:
 # %% ../nbs/16_reproduction.ipynb #89a67393
 def _rates_path(study)->Path: return study.out/"cache"/"rates.json"
 
-def machine_of(cluster:Cluster|None)->str: # what rates go by: cpu or cuda here, slurm elsewhere
-    return "slurm" if cluster and cluster.kind == "slurm" else default_device()
+def machine_of(cluster:Cluster|None)->str: # what rates go by: cpu or cuda here, slurm elsewhere; and the processes of a job
+    where = "slurm" if cluster and cluster.kind == "slurm" else default_device()
+    return f"{where} x {cluster.processes}" if cluster and cluster.processes > 1 else where
 
 def known_rates(study, machine:str)->dict[str, float]:
     "Seconds per unit of work that earlier runs of this profile took there."
