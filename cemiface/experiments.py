@@ -699,9 +699,9 @@ class Study:
 
     def real_training(self, seed=0, **student): return self._task(RealTraining, faces=self.faces(), config=self.student(seed).model_copy(update=student), benchmarks=self.benchmarks())
 
-    def inquiries(self, world="webface_1shot", volume=1): # faces of a world; more of them for sets of a larger volume
+    def inquiries(self, world="webface_1shot", volume=1, every=None): # faces of a world; more of them for sets of a larger volume; or every one of so many
         p = self.profile
-        return self._task(Inquiries, recogniser=self.recogniser(), world=world, count=max(p.inquiries, volume * p.set_subjects), candidates=volume * p.candidates, size=p.size)
+        return self._task(Inquiries, recogniser=self.recogniser(), world=world, count=every or max(p.inquiries, volume * p.set_subjects), candidates=every or volume * p.candidates, size=p.size)
     def centres(self, kind): return self._task(Centres, recogniser=self.recogniser(), kind=kind, count=self.profile.set_subjects)
     def generated(self, m, seed, inquiries=None, centres=None, runs=None, generator=None): # runs: (subjects, images) pairs
         p, other = self.profile, {k: v for k, v in dict(centres=centres, generator=generator).items() if v}
