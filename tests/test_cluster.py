@@ -103,7 +103,7 @@ def test_a_job_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     plain = jobs.executor_of
     def seconds(*args):
         executor = plain(*args)
-        executor.update_parameters(timeout_min=.1)
+        executor.update_parameters(timeout_min=.05)
         return executor
     monkeypatch.setattr(jobs, "executor_of", seconds)
     start = time.monotonic()
@@ -271,7 +271,7 @@ def slurm():
     for name in ("state", "spool"): (folder / name).mkdir()
     try:
         for daemon in start_slurm(folder): daemons.append(daemon)
-        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf")), patch.setattr(jobs, "POLL", 2), patch.setattr(jobs, "GRACE", 2)
         wait_until(lambda: "idle" in subprocess.run(["sinfo", "-h", "-o", "%t"], capture_output=True, text=True).stdout, 20)
         yield folder
         subprocess.run(["scancel", f"--user={os.geteuid()}"])
@@ -283,7 +283,7 @@ def slurm():
 
 def test_slurm_makes_what_this_process_makes(slurm, tmp_path):
     "With the training of the recogniser killed in the middle."
-    profile = PROFILE.model_copy(update=dict(teacher=PROFILE.teacher.model_copy(update=dict(epochs=16))))
+    profile = PROFILE.model_copy(update=dict(teacher=PROFILE.teacher.model_copy(update=dict(epochs=8))))
     one, cluster = Study(profile, tmp_path / "one"), cluster_of("slurm", partition="tiny", time=5)
     states = lambda: list((tmp_path / "cluster/cache").rglob("state.pt"))
     killed = []
