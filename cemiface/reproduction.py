@@ -6,8 +6,8 @@
 __all__ = ['RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'CORE', 'Finding', 'Result', 'result', 'all_results', 'over_seeds',
            'rank_agreement', 'machine_of', 'known_rates', 'note_rate', 'measured_rates', 'bench_rows', 'bench_rates',
            'Step', 'plan', 'told', 'show_plan', 'show_results', 'Inline', 'default_jobs', 'workers', 'run_steps',
-           'markdown', 'write_finding', 'facts', 'page', 'chosen_results', 'list_results', 'findings_of', 'reproduce',
-           'summary', 'baseline_card', 'pack']
+           'markdown', 'write_finding', 'facts', 'artifacts', 'page', 'chosen_results', 'list_results', 'findings_of',
+           'reproduce', 'summary', 'baseline_card', 'pack']
 
 # %% ../nbs/16_reproduction.ipynb #10c67e9f
 import base64, html, io, json, os, platform, re, signal, time
@@ -61,15 +61,17 @@ class Finding:
 class Result:
     "A table or figure of the paper."
     name: str; title: str; needs: Callable; make: Callable
+    partial: bool = False # says something of whatever is made
 
 RESULTS = {}
-PAPER_NOTEBOOKS = ("groups", "impact_of_m", "settings", "inquiry_sources", "methods", "training", "structure")
+PAPER_NOTEBOOKS = ("groups", "impact_of_m", "settings", "inquiry_sources", "methods", "training", "structure", "claims")
 
 def result(title:str, # heading, with the paper's number and section
-           needs:Callable): # study -> the tasks that the result reads
+           needs:Callable, # study -> the tasks that the result reads
+           partial:bool=False): # it can be made of some of them
     "Register a function study -> Finding as a result, under its own name."
     def add(make):
-        RESULTS[make.__name__] = Result(make.__name__, title, needs, make)
+        RESULTS[make.__name__] = Result(make.__name__, title, needs, make, partial)
         return make
     return add
 
@@ -315,7 +317,11 @@ def facts(study:Study, seconds:float, devices:list[str])->dict[str, str]:
             "device": "; ".join(devices), "versions": f"Python {platform.python_version()}, {libraries}", "this run took": told(seconds)}
 
 # %% ../nbs/16_reproduction.ipynb #59b7603d
-def _section(r:Result, found:Finding|str)->str:
+def artifacts(study:Study, r:Result)->pd.DataFrame: # artifact, identity
+    "What a result is made of: every step, and the hash of its configuration, with which its folder in the cache ends."
+    return pd.DataFrame([(t.title, t.infra.uid().rpartition("-")[2]) for t in in_order(r.needs(study))], columns=["artifact", "identity"])
+
+def _section(study:Study, r:Result, found:Finding|str)->str:
     if isinstance(found, str): return f'<h2 id="{r.name}">{html.escape(r.title)}</h2><p class="bad">{html.escape(found)}</p>'
     out = [f'<h2 id="{r.name}">{html.escape(r.title)}</h2><p>{html.escape(found.text)}</p>']
     if found.figure is not None:
@@ -323,6 +329,8 @@ def _section(r:Result, found:Finding|str)->str:
     if found.table is not None:
         table = found.table.to_html(index=False, border=0, na_rep="", float_format="{:.2f}".format)
         out.append(f'<div class="wide">{table}</div><p class="sub">tables/{r.name}.csv, tables/{r.name}.md</p>')
+    made_of = artifacts(study, r)
+    if len(made_of): out.append(f'<details><summary class="sub">made of {len(made_of)} artifacts</summary>{made_of.to_html(index=False, border=0)}</details>')
     return "".join(out)
 
 def page(study:Study, findings:dict[str, "Finding|str"], seconds:float, devices:list[str])->str:
@@ -333,7 +341,7 @@ def page(study:Study, findings:dict[str, "Finding|str"], seconds:float, devices:
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>CemiFace, {study.name}</title><style>{STYLE}</style><h1>CemiFace, reproduced</h1>"
             f'<p class="sub">Measured on procedural faces, beside what the paper publishes for photographs.</p>'
-            f"<nav>{nav}</nav><table>{rows}</table>" + "".join(_section(results[n], f) for n, f in findings.items()) + "</html>")
+            f"<nav>{nav}</nav><table>{rows}</table>" + "".join(_section(study, results[n], f) for n, f in findings.items()) + "</html>")
 
 # %% ../nbs/16_reproduction.ipynb #2b33422f
 CORE = ("yardstick", "table9", "table1", "figure2", "control", "figure5", "figure1", "figure7", "table11", "figure4") # the paper's claim, and what it stands on
@@ -358,7 +366,7 @@ def findings_of(study:Study, chosen:list[Result], failed:dict[str, str])->dict[s
     "Make every result from its artifacts; one that lacks some is a sentence that names them."
     found = {}
     for r in chosen:
-        lost = [t for t in in_order(r.needs(study)) if t.infra.uid() in failed]
+        lost = [t for t in in_order(r.needs(study)) if t.infra.uid() in failed and not r.partial]
         try: found[r.name] = f"Not made: {lost[0].title}: {failed[lost[0].infra.uid()]}" if lost else r.make(study)
         except Exception as e: found[r.name] = f"Not made: {type(e).__name__}: {e}"
     return found
@@ -366,7 +374,7 @@ def findings_of(study:Study, chosen:list[Result], failed:dict[str, str])->dict[s
 def _also_there(study:Study, chosen:list[Result])->list[Result]:
     "Results of earlier runs: the page keeps them."
     rest = [r for r in all_results().values() if r not in chosen]
-    return [r for r in rest if r.needs(study) and all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
+    return [r for r in rest if r.needs(study) and (r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study))))]
 
 # %% ../nbs/16_reproduction.ipynb #f72b50e4
 def reproduce(
@@ -396,7 +404,7 @@ def reproduce(
     except KeyboardInterrupt as e:
         say(" ".join(["Stopped.", *e.args, "Finished steps are kept: the same command goes on from here."]))
         raise SystemExit(130) from None
-    found, folder = findings_of(study, chosen + _also_there(study, chosen), failed), study.out/study.name
+    found, folder = findings_of(study, sorted(chosen + _also_there(study, chosen), key=lambda r: not r.partial), failed), study.out/study.name
     for name, f in found.items():
         if isinstance(f, Finding): write_finding(folder, name, f)
     seconds, devices = time.perf_counter() - start, sorted({s.device for s in steps} - {""}) or [device_name()]
