@@ -6,8 +6,8 @@
 __all__ = ['RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'CORE', 'Finding', 'Result', 'result', 'all_results', 'over_seeds',
            'rank_agreement', 'machine_of', 'known_rates', 'note_rate', 'measured_rates', 'bench_rows', 'bench_rates',
            'Step', 'plan', 'told', 'show_plan', 'show_results', 'Inline', 'default_jobs', 'workers', 'run_steps',
-           'markdown', 'write_finding', 'facts', 'artifacts', 'page', 'chosen_results', 'list_results', 'findings_of',
-           'reproduce', 'summary', 'baseline_card', 'pack']
+           'markdown', 'write_finding', 'facts', 'artifacts', 'html_page', 'page', 'chosen_results', 'list_results',
+           'findings_of', 'reproduce', 'summary', 'baseline_card', 'pack']
 
 # %% ../nbs/16_reproduction.ipynb #10c67e9f
 import base64, html, io, json, os, platform, re, signal, time
@@ -321,27 +321,30 @@ def artifacts(study:Study, r:Result)->pd.DataFrame: # artifact, identity
     "What a result is made of: every step, and the hash of its configuration, with which its folder in the cache ends."
     return pd.DataFrame([(t.title, t.infra.uid().rpartition("-")[2]) for t in in_order(r.needs(study))], columns=["artifact", "identity"])
 
-def _section(study:Study, r:Result, found:Finding|str)->str:
-    if isinstance(found, str): return f'<h2 id="{r.name}">{html.escape(r.title)}</h2><p class="bad">{html.escape(found)}</p>'
-    out = [f'<h2 id="{r.name}">{html.escape(r.title)}</h2><p>{html.escape(found.text)}</p>']
+def _section(name:str, title:str, found:Finding|str, made_of:pd.DataFrame|None=None)->str:
+    if isinstance(found, str): return f'<h2 id="{name}">{html.escape(title)}</h2><p class="bad">{html.escape(found)}</p>'
+    out = [f'<h2 id="{name}">{html.escape(title)}</h2><p>{html.escape(found.text)}</p>']
     if found.figure is not None:
-        out.append(f'<img alt="{html.escape(r.title)}" src="data:image/png;base64,{base64.b64encode(found.png).decode()}">')
+        out.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(found.png).decode()}">')
     if found.table is not None:
         table = found.table.to_html(index=False, border=0, na_rep="", float_format="{:.2f}".format)
-        out.append(f'<div class="wide">{table}</div><p class="sub">tables/{r.name}.csv, tables/{r.name}.md</p>')
-    made_of = artifacts(study, r)
-    if len(made_of): out.append(f'<details><summary class="sub">made of {len(made_of)} artifacts</summary>{made_of.to_html(index=False, border=0)}</details>')
+        out.append(f'<div class="wide">{table}</div><p class="sub">tables/{name}.csv, tables/{name}.md</p>')
+    if made_of is not None and len(made_of): out.append(f'<details><summary class="sub">made of {len(made_of)} artifacts</summary>{made_of.to_html(index=False, border=0)}</details>')
     return "".join(out)
 
-def page(study:Study, findings:dict[str, "Finding|str"], seconds:float, devices:list[str])->str:
-    "The summary page. A result that could not be made is a string that says why."
-    results = RESULTS
-    nav = " ".join(f'<a href="#{n}">{html.escape(results[n].title.split(":")[0])}</a>' for n in findings)
-    rows = "".join(f"<tr><th>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in facts(study, seconds, devices).items())
+def html_page(title:str, heading:str, sub:str, about:dict[str, str], findings:dict[str, "Finding|str"], titles:dict[str, str], made_of:dict[str, pd.DataFrame]={})->str:
+    "One self-contained page: facts, then a section a finding, under its name and title, with the artifacts it is made of. What could not be made is a string that says why."
+    nav = " ".join(f'<a href="#{n}">{html.escape(titles[n].split(":")[0])}</a>' for n in findings)
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in about.items())
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>CemiFace, {study.name}</title><style>{STYLE}</style><h1>CemiFace, reproduced</h1>"
-            f'<p class="sub">Measured on procedural faces, beside what the paper publishes for photographs.</p>'
-            f"<nav>{nav}</nav><table>{rows}</table>" + "".join(_section(study, results[n], f) for n, f in findings.items()) + "</html>")
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(heading)}</h1>"
+            f'<p class="sub">{html.escape(sub)}</p>'
+            f"<nav>{nav}</nav><table>{rows}</table>" + "".join(_section(n, titles[n], f, made_of.get(n)) for n, f in findings.items()) + "</html>")
+
+def page(study:Study, findings:dict[str, "Finding|str"], seconds:float, devices:list[str])->str:
+    "The summary page of a reproduction."
+    return html_page(f"CemiFace, {study.name}", "CemiFace, reproduced", "Measured on procedural faces, beside what the paper publishes for photographs.",
+                     facts(study, seconds, devices), findings, {n: RESULTS[n].title for n in findings}, {n: artifacts(study, RESULTS[n]) for n, f in findings.items() if isinstance(f, Finding)})
 
 # %% ../nbs/16_reproduction.ipynb #2b33422f
 CORE = ("yardstick", "table9", "table1", "figure2", "control", "figure5", "figure1", "figure7", "table11", "figure4") # the paper's claim, and what it stands on
