@@ -7,10 +7,10 @@ __all__ = ['RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'CORE', 'Finding', 'Result', '
            'rank_agreement', 'machine_of', 'known_rates', 'note_rate', 'measured_rates', 'bench_rows', 'bench_rates',
            'Step', 'plan', 'told', 'show_plan', 'show_results', 'Inline', 'default_jobs', 'workers', 'run_steps',
            'markdown', 'write_finding', 'facts', 'artifacts', 'html_page', 'page', 'chosen_results', 'list_results',
-           'findings_of', 'reproduce', 'summary', 'baseline_card', 'pack']
+           'findings_of', 'reproduce', 'summary', 'shown', 'baseline_card', 'pack']
 
 # %% ../nbs/16_reproduction.ipynb #10c67e9f
-import base64, html, io, json, os, platform, re, signal, time
+import base64, html, io, json, os, platform, re, signal, tempfile, time
 from concurrent.futures import BrokenExecutor, Executor, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -425,6 +425,17 @@ def _refusal(p:Profile, seeds:int)->str:
     images = seeds * len(p.ms) * p.set_subjects * p.set_per_subject
     return (f"profile {p.name} draws {images:,} images of {p.size} px and trains {seeds * (len(p.ms) + 5)} recognisers; "
             f"it needs data that is not here: {'; '.join(p.missing)}. --dry-run shows what it would take")
+
+# %% ../nbs/16_reproduction.ipynb #f6c2ca45
+def shown(names:list[str])->dict[str, Finding]:
+    "Findings for a notebook. Prints which profile, device and seeds they are of."
+    profile, out, seeds = (os.environ.get(f"CEMIFACE_{k}", v) for k, v in dict(PROFILE="smoke", OUT="", SEEDS="1").items())
+    study, here = Study(profile, out or tempfile.mkdtemp(), int(seeds)), chosen_results(names)
+    if not out: reproduce(profile, names, study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False)
+    print(f"profile {study.name}, {study.profile.size} px, {seeds} seed{'s' * (seeds != '1')}, {device_name()}")
+    ready = [r for r in here if r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
+    lacking = {r.name: Finding(f"Not made yet at this profile: cemiface reproduce {r.name} --profile {study.name} makes it; add --dry-run to see how long that takes.") for r in here if r not in ready}
+    return {n: f if isinstance(f, Finding) else Finding(f) for n, f in (findings_of(study, ready, {}) | lacking).items()}
 
 # %% ../nbs/16_reproduction.ipynb #0d71ba09
 def baseline_card(study:Study)->dict: # training; cosine to the inquiry over the profile's inquiries, one image each
