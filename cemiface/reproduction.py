@@ -428,10 +428,10 @@ def _refusal(p:Profile, seeds:int)->str:
 
 # %% ../nbs/16_reproduction.ipynb #f6c2ca45
 def shown(names:list[str])->dict[str, Finding]:
-    "Findings for a notebook. Prints which profile, device and seeds they are of."
+    "Findings for a notebook, and which profile, device and seeds they are of. Of a result that makes do with what is there, nothing is made."
     profile, out, seeds = (os.environ.get(f"CEMIFACE_{k}", v) for k, v in dict(PROFILE="smoke", OUT="", SEEDS="1").items())
     study, here = Study(profile, out or tempfile.mkdtemp(), int(seeds)), chosen_results(names)
-    if not out: reproduce(profile, names, study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False)
+    if not out: reproduce(profile, [r.name for r in here if not r.partial], study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False)
     print(f"profile {study.name}, {study.profile.size} px, {seeds} seed{'s' * (seeds != '1')}, {device_name()}")
     ready = [r for r in here if r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
     lacking = {r.name: Finding(f"Not made yet at this profile: cemiface reproduce {r.name} --profile {study.name} makes it; add --dry-run to see how long that takes.") for r in here if r not in ready}
