@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'BINS', 'MODELS', 'set_path', 'open_images', 'first_of_each', 'stored_faces', 'set_fingerprint',
-           'pairs_fingerprint', 'open_network', 'network_fingerprint', 'Found', 'looked_at', 'set_facts', 'pairs_facts',
-           'PaperData']
+           'pairs_fingerprint', 'open_network', 'network_fingerprint', 'own_share', 'fitting_centres', 'Found',
+           'looked_at', 'set_facts', 'pairs_path', 'pairs_facts', 'whole_pairs', 'PaperData']
 
 # %% ../nbs/14_paper_data.ipynb #f5b3a45f
 import hashlib, json
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from .checkpoints import load_checkpoint
-from .data import EncodedImages, FaceSet
+from .data import EncodedImages, FaceSet, Picked
+from .groups import class_centres, cos_to_centre
 from .images import images_in
-from .pairs import PairSet, open_pairs
-from .recognition import load_recogniser
+from .pairs import PairSet, damaged_pairs, open_pairs
+from .recognition import embed, load_recogniser
 from .recordio import RecordFile
 from .records import LIST_SUFFIXES, Encoded, Files, find_list, find_record, open_encoded
 from .verification import check_sets
@@ -112,6 +114,32 @@ def network_fingerprint(
         raise ValueError(f"{path} takes {found[0]} px and gives {found[1]} numbers, where {size} px and {emb_dim} are needed: give another recogniser")
     return _digest(*(v.contiguous().numpy().tobytes() for v in model.state_dict().values()))
 
+# %% ../nbs/14_paper_data.ipynb #9449d152
+def own_share(
+    emb:Tensor, # [N,D]
+    labels:Tensor, # int64 [N]
+    centres:Tensor, # [C,D]
+)->float: # in [0,1]
+    "Share of images nearer to their own centre than to that of the subject half way round."
+    own, other = (cos_to_centre(emb, y, centres) for y in (labels, (labels + len(centres) // 2) % len(centres)))
+    return (own > other).float().mean().item()
+
+def fitting_centres(
+    model:nn.Module, # recogniser
+    centres:Tensor|None, # [C,D] of its file
+    faces:FaceSet,
+    sample:int=4096, # images that decide about the order
+)->tuple[Tensor, str]: # [subjects,D] in the order of the set's subjects; what they are
+    "Class centres for a set."
+    if centres is not None and len(centres) == faces.n_subjects > 1:
+        rows = torch.arange(0, len(faces), max(1, len(faces) // sample))
+        emb, text = embed(model, Picked(faces.images, rows)), torch.tensor(sorted(range(len(centres)), key=faces.subjects.__getitem__))
+        orders = {"rows of the classifier in its file": torch.arange(len(centres)), "rows of the classifier in its file, whose subjects are sorted as text": text.argsort()}
+        shares = {which: own_share(emb, faces.labels[rows], centres[order]) for which, order in orders.items()}
+        best = max(shares, key=shares.get)
+        if shares[best] > .75: return centres[orders[best]], best
+    return class_centres(embed(model, faces.images), faces.labels), "mean embeddings of each subject"
+
 # %% ../nbs/14_paper_data.ipynb #1584e923
 @dataclass(frozen=True)
 class Found:
@@ -149,11 +177,20 @@ def set_facts(
     if labelled and len(encoded) == len(encoded.subjects): raise ValueError(f"{path} has one image a subject, nothing to learn a person from: put the images into a folder a subject")
     return set_fingerprint(encoded), len(encoded.subjects), len(encoded)
 
+def pairs_path(root:Path, name:str)->Path: # of a benchmark, which need not exist
+    return root/name if (root/name).is_dir() else root/f"{name}.bin"
+
 def pairs_facts(path:Path)->tuple[str]: # fingerprint
     "ValueError or OSError if the pairs are of no use."
     pairs = open_pairs(path)
     check_sets([pairs])
     return pairs_fingerprint(pairs),
+
+def whole_pairs(pairs:PairSet)->PairSet: # the same
+    "Decode every image once. ValueError counts the damaged ones and names the first."
+    damaged = damaged_pairs(pairs)
+    if damaged: raise ValueError(f"{len(damaged)} of {len(pairs)} pairs of {pairs.name} show an image that cannot be decoded; the first: {next(iter(damaged.values()))}")
+    return pairs
 
 class PaperData:
     "A folder of the user's files, each looked at once, when it is asked for. FileNotFoundError if there is no such folder."
@@ -170,7 +207,7 @@ class PaperData:
 
     def _look(self, name:str)->Found:
         if name not in BINS.values(): return looked_at(name, set_path(self.root, name), lambda p: set_facts(p, name == "casia" or name.startswith("sets/")))
-        return looked_at(name, self.root/name if (self.root/name).is_dir() else self.root/f"{name}.bin", pairs_facts)
+        return looked_at(name, pairs_path(self.root, name), pairs_facts)
 
     def network(self, name:str)->Found|None: # a name of MODELS; None: there is none
         files = [p for p in sorted(self.root.glob(f"{name}*")) if p.name == name and p.is_dir() or p.stem == name and p.is_file()]
