@@ -40,6 +40,7 @@ def reproduce(
     jobs: Annotated[Optional[int], typer.Option(min=1, help="steps at a time; default: one a core, at most 8; 1 with CUDA or --from-scratch")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan: what there is to do, and for how long")] = False,
     bench: Annotated[Optional[list[Path]], typer.Option(help="JSON file of cemiface bench, from the machine that the plan is for; repeat for several")] = None,
+    data: Annotated[Optional[Path], typer.Option(help="folder of your files: casia, webface_1shot, lfw.bin ... for profile paper; sets/NAME, of other methods, for table6 of any profile")] = None,
 ):
     """Make the paper's tables and figures, beside the published numbers.
 
@@ -50,13 +51,15 @@ def reproduce(
     Example: cemiface reproduce table7 fig9
 
     Example: cemiface reproduce --all --profile paper --dry-run
+
+    Example: cemiface reproduce table1 --profile paper --data my_data
     """
     from cemiface import experiments, reproduction
     profile = profile or ("gpu" if pick_device(None) == "cuda" else "laptop")
     if bench and not dry_run: raise ValueError("--bench is for a plan: add --dry-run")
     if every and results: raise ValueError(f"--all makes every result: leave {results[0]} out, or --all")
-    if show: return typer.echo(reproduction.list_results(experiments.Study(profile, out, seeds, from_scratch)))
-    found = reproduction.reproduce(profile, list(reproduction.all_results()) if every else results or None, out, seeds, from_scratch, jobs or (1 if from_scratch else reproduction.default_jobs()), dry_run=dry_run, bench=tuple(bench or ()))
+    if show: return typer.echo(reproduction.list_results(experiments.Study(profile, out, seeds, from_scratch, data)))
+    found = reproduction.reproduce(profile, list(reproduction.all_results()) if every else results or None, out, seeds, from_scratch, jobs or (1 if from_scratch else reproduction.default_jobs()), dry_run=dry_run, bench=tuple(bench or ()), data=data)
     if any(isinstance(f, str) for f in found.values()): raise typer.Exit(1)
 
 # %% ../nbs/17_cli.ipynb #2d8a25c8

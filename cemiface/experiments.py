@@ -351,7 +351,7 @@ class Yardstick(BaseModel):
         trained, _ = self.recogniser.load()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            untrained = type(trained).from_config(trained.config).to(default_device()).eval()
+            untrained = type(trained)(**{k: v for k, v in trained.config.items() if not k.startswith("_")}).to(default_device()).eval()
         sets = self.benchmarks.load()
         return {k: evaluate(net, sets)["accuracy"].astype(float).to_dict() for k, net in (("trained", trained), ("untrained", untrained))}
 
@@ -710,12 +710,12 @@ class Study:
     def kind(self)->str: return "photographs" if self.real else "procedural faces"
 
     def lacks(self, tasks:list)->list[Found]: # what these tasks need of the user's files, and cannot be used
-        found = [f for t in in_order(tasks) for f in self._files_of(t) if f.problem]
-        few = [self.files[t.world] for t in in_order(tasks) if isinstance(t, Inquiries) and t.data and t.candidates < t.count]
-        return list(dict.fromkeys(found + [replace(f, problem=f"{f.path} has {f.subjects:,} subjects, too few for the inquiries that are asked for: add faces of others") for f in few]))
+        stored = [t for t in in_order(tasks) if getattr(t, "source", None) is not None] if self.files.given or self.real else []
+        few = {self.files[t.world]: t.count for t in stored if isinstance(t, Inquiries) and t.data and t.candidates < t.count}
+        return list(dict.fromkeys([*(f for t in stored for f in self._files_of(t) if f.problem),
+                                   *(replace(f, problem=f"{f.path} has {f.subjects:,} subjects, where {n:,} inquiries are needed: add faces of others") for f, n in few.items())]))
 
     def _files_of(self, task)->list[Found]:
-        if getattr(task, "source", None) is None: return []
         if isinstance(task, Benchmarks): return [self.files[f] for f in BINS.values()]
         if isinstance(task, Recogniser): return [f for n in MODELS if (f := self.files.network(n)) and _place(f) == task.source]
         return [self.files[task.world if task.world in NEEDED else f"sets/{task.world}"]]
@@ -781,6 +781,8 @@ class Study:
         return self._task(GroupTraining, groups=self.groups(), group=group, config=self.student(seed), benchmarks=self.benchmarks())
 
     def real_training(self, seed=0, **student): return self._task(RealTraining, faces=self.faces(), config=self.student(seed).model_copy(update=student), benchmarks=self.benchmarks())
+
+    def other_training(self, faces, seed): return self._task(RealTraining, faces=faces, config=self.student(seed), benchmarks=self.benchmarks())
 
     def inquiries(self, world="webface_1shot", volume=1): # faces of a world; more of them for sets of a larger volume
         p = self.profile

@@ -134,11 +134,11 @@ def fitting_centres(
     if centres is not None and len(centres) == faces.n_subjects > 1:
         rows = torch.arange(0, len(faces), max(1, len(faces) // sample))
         emb, text = embed(model, Picked(faces.images, rows)), torch.tensor(sorted(range(len(centres)), key=faces.subjects.__getitem__))
-        orders = {"rows of the classifier in its file": torch.arange(len(centres)), "rows of the classifier in its file, whose subjects are sorted as text": text.argsort()}
+        orders = {"rows of the classification weight": torch.arange(len(centres)), "rows of the classification weight, subjects sorted as text,": text.argsort()}
         shares = {which: own_share(emb, faces.labels[rows], centres[order]) for which, order in orders.items()}
         best = max(shares, key=shares.get)
         if shares[best] > .75: return centres[orders[best]], best
-    return class_centres(embed(model, faces.images), faces.labels), "mean embeddings of each subject"
+    return class_centres(embed(model, faces.images), faces.labels), "mean embeddings of subjects, in place of rows of the classification weight,"
 
 # %% ../nbs/14_paper_data.ipynb #1584e923
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class PaperData:
         root:str|Path|None, # the folder; None: none was given, and everything is missing
         size:int, # pixels a side that recognisers have to take
     ):
-        self.root, self.size, self._seen = Path(root or "DIR").expanduser(), size, {}
+        self.root, self.given, self.size, self._seen = Path(root or "DIR").expanduser(), root is not None, size, {}
         if root and not self.root.is_dir(): raise FileNotFoundError(f"there is no folder {self.root}: give the folder that holds casia, lfw.bin and so on, or sets")
 
     def __getitem__(self, name:str)->Found: # a name of NEEDED, or sets/NAME
@@ -215,6 +215,8 @@ class PaperData:
         if len(files) > 1: return Found(name, files[0], problem=f"{files[0]} and {files[1].name} are both there: keep one")
         if name not in self._seen: self._seen[name] = looked_at(name, files[0], lambda p: (network_fingerprint(p, self.size),))
         return self._seen[name]
+
+    def used(self)->list[Found]: return [f for f in self._seen.values() if f.data] # of those looked at
 
     def others(self)->list[str]: # NAME of sets/NAME
         "Sets of other methods."
