@@ -402,6 +402,7 @@ class World:
     "How a set of photos was taken."
     nuisance: dict          # overrides of `EVERYDAY`
     label_noise: float = 0. # share of images that show somebody else
+    people: str = ""        # worlds of one such name show the same people in the same moments; of none, its own
 
 WORLDS = dict(
     casia=World({}, .02),
@@ -410,7 +411,9 @@ WORLDS = dict(
     webface_1shot=World(dict(yaw=N(.25, .7)) | CLEAN),
     ddpm=World(FRONTAL | CLEAN | dict(glasses=U(0, 0))),
     flickr_1shot=World(dict(yaw=N(.55, 1.4), occluder=Sometimes(.25, 1., 1.), blur=Sometimes(.5, .006, .035), painted=Sometimes(.12, .6, 1.))),
-    digiface=World(dict(yaw=N(.3, .9), synthetic=U(1, 1)) | CLEAN))
+    digiface=World(dict(yaw=N(.3, .9), synthetic=U(1, 1)) | CLEAN),
+    **{w: World(dict(yaw=N(.25, .7)) | CLEAN | odd, people="challenge") for w, odd in dict(clear={}, blurred=dict(blur=U(.025, .04)),
+        occluded=dict(occluder=U(1, 1)), turned=dict(yaw=S(1., 1.4)), painted=dict(painted=U(.8, 1))).items()})
 
 # %% ../nbs/01_procfaces.ipynb #90f5e9e0
 SIDES = {"proc-LFW": ({}, {}),
@@ -468,8 +471,9 @@ def world_faces(world:str,         # a name in `WORLDS`
     "Photos of subjects `first..first+subjects-1`, subject by subject; ValueError for an unknown world."
     if world not in WORLDS: raise ValueError(f"no world {world!r}: choose from {', '.join(WORLDS)}")
     s, k = np.repeat(np.arange(first, first + subjects), per_subject), np.tile(np.arange(per_subject), subjects)
-    wrong = uniform(seed, zlib.crc32(world.encode()), s, k, 999) < WORLDS[world].label_noise
-    i, n = identities(world, seed, np.where(wrong, s + 10**6, s)), nuisances(world, seed, s, k, WORLDS[world].nuisance)
+    name = WORLDS[world].people or world
+    wrong = uniform(seed, zlib.crc32(name.encode()), s, k, 999) < WORLDS[world].label_noise
+    i, n = identities(name, seed, np.where(wrong, s + 10**6, s)), nuisances(name, seed, s, k, WORLDS[world].nuisance)
     return ProcFaces(photograph(i, n, size, device, progress), torch.tensor(s - first), i, n)
 
 def benchmark_pairs(name:str,      # a name in `BENCHMARKS`
