@@ -720,9 +720,12 @@ class Study:
         if isinstance(task, Recogniser): return [f for n in MODELS if (f := self.files.network(n)) and _place(f) == task.source]
         return [self.files[task.world if task.world in NEEDED else f"sets/{task.world}"]]
 
-    def _task(self, kind, /, **config):
-        task = kind(**config, infra=dict(folder=self.out/"cache"))
-        return self._made.setdefault(task.infra.uid(), task)
+    def _task(self, kind, /, **config): # made once: results ask for the same ones again and again
+        key = kind, *((k, v.infra.uid() if hasattr(v, "infra") else repr(v)) for k, v in config.items())
+        if key not in self._made:
+            task = kind(**config, infra=dict(folder=self.out/"cache"))
+            self._made[key] = self._made.setdefault(task.infra.uid(), task)
+        return self._made[key]
 
     def _faces(self, world, subjects, per_subject): # rendered; or the user's, as many as there are
         size = self.profile.size

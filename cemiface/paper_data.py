@@ -38,6 +38,7 @@ NEEDED = dict( # name: what it is, where one gets it
     flickr_1shot=("inquiries, one image a person from Flickr", _FLICKR),
     ddpm=("inquiries, faces of a diffusion model without condition", "DCFace's repository, stage1/unconditional_generation"),
     digiface=("DigiFace-1M, rendered faces: inquiries, and a set of Table 12", "Microsoft's DigiFace1M repository"),
+    **{kind: (f"inquiries, {kind} faces (Figure 8)", "pictures of your choice, aligned") for kind in ("clear", "blurred", "occluded", "turned", "painted")},
     lfw=("LFW, 6,000 pairs", _ZOO), cfp_fp=("CFP-FP, 7,000 pairs", _ZOO), agedb_30=("AgeDB-30, 6,000 pairs", _ZOO),
     calfw=("CALFW, 6,000 pairs", _ZOO), cplfw=("CPLFW, 6,000 pairs", _ZOO))
 BINS = {"LFW": "lfw", "CFP-FP": "cfp_fp", "AgeDB": "agedb_30", "CALFW": "calfw", "CPLFW": "cplfw"} # the paper's names: InsightFace's
@@ -165,7 +166,8 @@ def looked_at(
     "What lies under a path. An error is its problem, in one line."
     if not path.exists(): return Found(name, path, problem="missing")
     try: return Found(name, path, *facts(path))
-    except (ValueError, OSError) as e: return Found(name, path, problem=" ".join(str(e).split()))
+    except (ValueError, OSError) as e: why = " ".join(str(e).split())
+    return Found(name, path, problem=why if path.name in why else f"{path} cannot be read ({why}): copy it again")
 
 # %% ../nbs/14_paper_data.ipynb #d100d6c5
 def set_facts(

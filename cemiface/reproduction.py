@@ -340,7 +340,7 @@ def page(study:Study, findings:dict[str, "Finding|str"], seconds:float)->str:
 # %% ../nbs/16_reproduction.ipynb #54f92378
 def missing(study:Study, results)->dict[str, list[Found]]: # name of a result: what it lacks; of those that lack something
     "What results need of the user's files that is not there, or cannot be used."
-    found = {r.name: study.lacks(r.needs(study)) for r in results}
+    found = {r.name: study.lacks(r.needs(study)) for r in results} if study.real or study.files.given else {}
     return {name: lacks for name, lacks in found.items() if lacks}
 
 def told_missing(lacking:dict[str, list[Found]])->str:
