@@ -451,7 +451,7 @@ class Inquiries(BaseModel):
 
     def images(self): # of all candidates
         if self.source is None: return world_faces(self.world, self.candidates, 1, self.size).images
-        return stored_faces(first_of_each(open_images(Path(self.source))), self.size, self.world).images
+        return stored_faces(first_of_each(open_images(Path(self.source)), self.candidates), self.size, self.world).images
 
     @infra.apply
     def run(self)->dict:
@@ -711,7 +711,7 @@ class Study:
 
     def lacks(self, tasks:list)->list[Found]: # what these tasks need of the user's files, and cannot be used
         stored = [t for t in in_order(tasks) if getattr(t, "source", None) is not None] if self.files.given or self.real else []
-        few = {self.files[t.world]: t.count for t in stored if isinstance(t, Inquiries) and t.data and t.candidates < t.count}
+        few = {self.files[t.world]: t.count for t in stored if isinstance(t, Inquiries) and t.data and self.files[t.world].subjects < t.count}
         return list(dict.fromkeys([*(f for t in stored for f in self._files_of(t) if f.problem),
                                    *(replace(f, problem=f"{f.path} has {f.subjects:,} subjects, where {n:,} inquiries are needed: add faces of others") for f, n in few.items())]))
 
@@ -787,10 +787,10 @@ class Study:
 
     def other_training(self, faces, seed): return self._task(RealTraining, faces=faces, config=self.student(seed), benchmarks=self.benchmarks())
 
-    def inquiries(self, world="webface_1shot", volume=1): # faces of a world; more of them for sets of a larger volume
+    def inquiries(self, world="webface_1shot", volume=1, every=None): # faces of a world; more of them for sets of a larger volume; or every one of so many
         p = self.profile
-        sizes = dict(count=max(p.inquiries, volume * p.set_subjects), candidates=volume * p.candidates, size=p.size)
-        if self.real: sizes |= dict(source=_place(found := self.files[world]), data=found.data, filter=self.brought("filter"), candidates=found.subjects or sizes["candidates"])
+        sizes = dict(count=every or max(p.inquiries, volume * p.set_subjects), candidates=every or volume * p.candidates, size=p.size)
+        if self.real: sizes |= dict(source=_place(found := self.files[world]), data=found.data, filter=self.brought("filter"), candidates=every or found.subjects or sizes["candidates"])
         return self._task(Inquiries, recogniser=self.recogniser(), world=world, **sizes)
     def centres(self, kind): return self._task(Centres, recogniser=self.recogniser(), kind=kind, count=self.profile.set_subjects)
     def generated(self, m, seed, inquiries=None, centres=None, runs=None, generator=None, per_subject=None): # runs: (subjects, images) pairs

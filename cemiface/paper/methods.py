@@ -250,21 +250,24 @@ def _about_others(measured:pd.DataFrame, # index (row, volume)
 
 # %% ../../nbs/paper/24_methods.ipynb #487e5081
 @figure_style()
-def plot_rows(inquiry:Tensor, # uint8 [R,3,S,S]
+def plot_rows(first:list, # of each row: its inquiry, uint8 [3,S,S]; or text where there is none
               images:Tensor, # uint8 [R,C,3,S,S]
               cos:Tensor, # [R,C]
               names:list[str], # of the columns
+              apart:int=0, # so many columns stand apart, at the end
               )->Figure:
-    "A row an inquiry, its images with their cosines; the last column stands apart."
-    R, C = cos.shape
-    fig, axes = plt.subplots(R, C + 3, figsize=(.78 * (C + 1.4), .93 * R + .2), width_ratios=[1, .2, *[1] * (C - 1), .2, 1], squeeze=False)
+    "A row an inquiry, its images with their cosines."
+    (R, C), minus = cos.shape, lambda text: text.replace("-", "\N{MINUS SIGN}")
+    gaps, columns = {1, C + 2 - apart} if apart else {1}, C + (3 if apart else 2)
+    fig, axes = plt.subplots(R, columns, figsize=(.78 * (C + 1.4), .93 * R + .2), width_ratios=[.2 if j in gaps else 1 for j in range(columns)], squeeze=False)
     for ax in axes.flat: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     fig.get_layout_engine().set(h_pad=.01, hspace=0)
     for r in range(R):
-        for ax, x, c, name in zip(axes[r][[0, *range(2, C + 1), C + 2]], [inquiry[r], *images[r]], [None, *cos[r].tolist()], ["inquiry", *names]):
-            ax.imshow(x.permute(1, 2, 0).numpy(), interpolation="nearest")
-            if c is not None: ax.set_xlabel(f"{c:.2f}".replace("-", "\N{MINUS SIGN}"), fontsize=7, labelpad=2)
-            if r == 0: ax.set_title(name.replace("-", "\N{MINUS SIGN}"), fontsize=8)
+        for ax, x, c, name in zip(axes[r][[j for j in range(columns) if j not in gaps]], [first[r], *images[r]], [None, *cos[r].tolist()], ["inquiry", *names]):
+            if isinstance(x, str): ax.text(.5, .5, x, ha="center", va="center", fontsize=7.5, transform=ax.transAxes)
+            else: ax.imshow(x.permute(1, 2, 0).numpy(), interpolation="nearest")
+            if c is not None: ax.set_xlabel(minus(f"{c:.2f}"), fontsize=7, labelpad=2)
+            if r == 0: ax.set_title(minus(name), fontsize=8)
     plt.close(fig)
     return fig
 
@@ -279,7 +282,7 @@ def figure9(study:Study, rows:int=6)->Finding:
     ms, (cemi, dc), usual = study.profile.control_ms, [t.load() for t in _samples9(study)], achieved(study.control().load())
     cos = torch.cat([achieved(cemi), achieved(dc)])[:, :, 0].T # [N,M+1]
     images = torch.cat([cemi["images"], dc["images"]])[:, :rows, 0].transpose(0, 1)
-    fig = plot_rows(cemi["inquiry"][:rows], images, cos[:rows], [*(f"m = {m:g}" for m in ms), "DCFace"])
+    fig = plot_rows([*cemi["inquiry"][:rows]], images, cos[:rows], [*(f"m = {m:g}" for m in ms), "DCFace"], apart=1)
     mean, photos, high, low = cos.mean(0).tolist(), usual.mean((1, 2)).tolist(), ms.index(max(ms)), ms.index(min(ms))
     told = lambda v: ", ".join(f"{v[j]:.2f} at m = {ms[j]:g}" for j in sorted({high, ms.index(0.), low}))
     falls = f"{(cos[:, high] > cos[:, low]).sum()} of {len(cos)} rows of CemiFace end lower than they begin"
