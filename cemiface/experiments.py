@@ -541,8 +541,8 @@ class GeneratedSet(BaseModel):
 @lru_cache
 def relative_cost(config:RecogniserConfig, usual:str)->float: # 1: as much
     "Operations of a recogniser's forward pass, as a multiple of those with another backbone."
-    flops = lambda name: forward_flops(backbone(name, config.size, config.width, config.emb_dim), config.size)
-    return flops(config.backbone) / flops(usual)
+    with torch.device("meta"): nets = [backbone(name, config.size, config.width, config.emb_dim) for name in (config.backbone, usual)]
+    return forward_flops(nets[0], config.size) / forward_flops(nets[1], config.size)
 
 class SetTraining(BaseModel):
     "A recogniser trained from scratch on a generated set (Table 11)."

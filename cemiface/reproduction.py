@@ -348,7 +348,8 @@ def told_missing(lacking:dict[str, list[Found]])->str:
     files = {}
     for name, lacks in lacking.items():
         for f in lacks: files.setdefault(str(f), []).append(name)
-    return "\n".join(["Of the files that are needed, these are not there, or cannot be used:", *(f"  {f} ({', '.join(names)})" for f, names in files.items())])
+    said = lambda names: ", ".join(names[:5]) + f" and {len(names) - 5} others" * (len(names) > 5)
+    return "\n".join(["Of the files that are needed, these are not there, or cannot be used:", *(f"  {f} ({said(names)})" for f, names in files.items())])
 
 def with_data(study:Study, chosen:list[Result], lacking:dict[str, list[Found]])->list[Result]:
     "The results that can be made. ValueError if none can."

@@ -20,11 +20,12 @@ from cemiface.conditioning import GENERATORS
 from cemiface.experiments import PROFILES, Study, in_order
 from cemiface.images import encode_image, read_image
 from cemiface.paper.methods import first_images, published_row
-from cemiface.pairs import write_bin
+from cemiface.pairs import open_pairs, write_bin
 from cemiface.procfaces import BENCHMARKS, WORLDS, benchmark_pairs, world_faces
 from cemiface.published import published
 from cemiface.recordio import RecordWriter
 from cemiface.reproduction import RESULTS, Finding, all_results, chosen_results, missing, plan, reproduce
+from cemiface.verification import evaluate
 
 NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "table6", "table13"]
 COUNTS = [3, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7] # images of each subject of casia
@@ -34,7 +35,7 @@ TINY = GENERATORS["paper"].model_copy(update=dict(block_out_channels=(8, 8, 8, 8
 
 def small(): # the paper's profile with every count made tiny; 112 px, volumes and recipes stay
     p, less = PROFILES["paper"], lambda config, **kw: config.model_copy(update=dict(precision="no") | kw)
-    net = dict(backbone="ir18", width=2, epochs=1, batch_size=8, lr=.01)
+    net = dict(backbone="ir18", width=4, epochs=1, batch_size=8, lr=.01)
     return less(p, pairs=40, inquiries=4, candidates=8, set_subjects=4, set_per_subject=3, curve_per_subject=2, oversample=1, steps=2, ms=(1., 0.), control_ms=(1., 0., -1.),
                 teacher=less(p.teacher, **net), student=less(p.student, **net), simmat=less(p.simmat, steps=2, batch_size=4), dcface=less(p.dcface, steps=2, batch_size=4))
 
@@ -112,6 +113,13 @@ def test_nothing_real_is_called_procedural(made):
     assert measured.get_title() == "measured, profile paper" and "same benchmarks" in found["figure4"].text
 
 
+def test_accuracies_are_those_of_the_files(made, data):
+    s = study(data, made[1])
+    direct = evaluate(s.recogniser().load()[0], {name: open_pairs(data / f"{file}.bin") for name, file in BINS.items()})["accuracy"]
+    row = made[0]["yardstick"].table.set_index("E_id").loc["trained"]
+    assert row.to_dict() == pytest.approx({n.removeprefix("proc-"): v for n, v in direct.items()}) and row.nunique() > 2
+
+
 def test_real_images_stay_where_they_are(made, data):
     s = study(data, made[1])
     kept = {type(t).__name__: load_file(p) for t in (s.inquiries(), s.groups(), s.recogniser()) for p in t.infra.uid_folder().glob("*.safetensors")}
@@ -135,7 +143,7 @@ def test_groups_of_unequal_subjects(made, data):
 def test_the_users_checkpoint_is_e_id(made, data):
     s = study(data, made[1])
     model, centres = s.recogniser().load()
-    faces = s.faces().load()
+    faces, model = s.faces().load(), model.cpu()
     x = faces.images[torch.arange(len(faces))].float() / 127.5 - 1
     with torch.no_grad(): emb = F.normalize(model(x))
     for i in range(12): assert torch.allclose(centres[i], F.normalize(emb[faces.labels == i].mean(0), dim=0), atol=1e-4)  # the head fits nobody
@@ -202,7 +210,7 @@ def test_results_whose_data_is_there_are_made(made, data, tmp_path):
 
 def test_the_plan_of_what_is_missing(tmp_path):
     found, said = said_of(None, ["table1", "table11"], tmp_path, dry_run=True)
-    assert found == {} and "DIR/casia is missing" in said and "table11: Table 11" in said and "GPU-hours" not in said
+    assert found == {} and "DIR/casia is missing" in said and "table11: Table 11" in said and ("GPU-hours" in said) == torch.cuda.is_available()
     rows = dict(machine=dict(gpu="H100"), training=[dict(configuration="paper", images_per_s=1000.), dict(backbone="irse50", size=112, images_per_s=2000., gflop_per_image=38.)])
     (tmp_path / "bench.json").write_text(json.dumps(rows))
     _, said = said_of(None, ["table1", "table11"], tmp_path, dry_run=True, bench=(tmp_path / "bench.json",))
@@ -267,7 +275,7 @@ def test_published_volumes(tmp_path):
 def test_a_larger_network_costs_more(tmp_path):
     s = Study("paper", tmp_path)
     base, big = s.set_training(0., 0), s.set_training(0., 0, student=dict(backbone="irse100"))
-    flops = {n: forward_flops(backbone(n, 112, 64), 112) for n in ("irse50", "irse100")}
+    with torch.device("meta"): flops = {n: forward_flops(backbone(n, 112, 64), 112) for n in ("irse50", "irse100")}
     assert big.work()[1] / base.work()[1] == pytest.approx(flops["irse100"] / flops["irse50"]) and flops["irse100"] > 1.8 * flops["irse50"]
     assert "irse100" in big.title and "irse50" not in base.title and base.work() == ("train", 550_000 * 40)
     assert s.set_training(0., 0, student=dict(backbone="irse50")) is base
@@ -298,7 +306,7 @@ def test_list_says_what_each_result_lacks(data, tmp_path):
     line = {l.split()[0]: l for l in answer.output.splitlines() if l.startswith("  ")}
     lacks = {name: l.rpartition("(lacks ")[2].rstrip(")").split(", ") if "(lacks " in l else [] for name, l in line.items()}
     assert sorted(lacks["table4"]) == ["ddpm", "flickr", "flickr_1shot", "vggface2", "webface_1shot"]  # of the last one, 26 where 10,000 are needed
-    assert not lacks["table1"] and lacks["figure9"] == ["digiface"] and "is missing" in answer.output
+    assert not lacks["table1"] and "digiface" in lacks["figure9"] and "is missing" in answer.output
 
 
 def test_sets_of_others_at_any_profile(data, tmp_path):
