@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['BUCKETS', 'achieved_similarity', 'ControlCurve', 'control_curve', 'plot_control', 'tsne_points', 'plot_tsne',
-           'draw_pairs', 'class_cosines', 'plot_class_cosines', 'frechet_distance']
+           'draw_pairs', 'class_cosines', 'plot_class_cosines', 'frechet_distance', 'read_arrays', 'read_moments',
+           'frechet_of_moments']
 
 # %% ../nbs/14_audit.ipynb #45ddc88c
 from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -107,17 +110,17 @@ def _colour_by_m(fig, ax, points, m):
 # %% ../nbs/14_audit.ipynb #d6ca9952
 @figure_style()
 def plot_tsne(points:np.ndarray, # [N,2] as of `tsne_points`
-    m:Tensor|np.ndarray, # [N] similarity factor
+    m:Tensor|np.ndarray|None, # [N] similarity factor; None: only by centre
     labels:Tensor|np.ndarray, # [N] subject
 ): # matplotlib figure
     "Generated embeddings in the plane, coloured by m and by centre, Figure 7."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(1.18, 1))
-    _colour_by_m(fig, left, points, m)
+    fig, axes = plt.subplots(1, 1 if m is None else 2, figsize=(4 if m is None else 8, 3.6), width_ratios=(1.18, 1)[m is None:], squeeze=False)
+    if m is not None: _colour_by_m(fig, axes[0, 0], points, m)
     subjects, which = np.unique(np.asarray(labels), return_inverse=True)
     colours = plt.get_cmap("tab20" if len(subjects) > 10 else "tab10")(which % 20)
-    right.scatter(*points.T, color=colours, s=12, lw=0)
-    right.set_title(f"by centre ({len(subjects)} subjects)")
-    for ax in (left, right): ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+    axes[0, -1].scatter(*points.T, color=colours, s=12, lw=0)
+    axes[0, -1].set_title(f"by centre ({len(subjects)} subjects)")
+    for ax in axes[0]: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     return fig
 
 # %% ../nbs/14_audit.ipynb #ecbf7769
@@ -168,3 +171,32 @@ def frechet_distance(
     if min(len(a), len(b)) < 2: raise ValueError(f"sets of {len(a)} and {len(b)} embeddings have no covariance: give at least two each")
     (mean_a, xa), (mean_b, xb) = ((x.mean(0), torch.linalg.qr((x - x.mean(0)) / (len(x) - 1)**.5, mode="r").R) for x in (a.double(), b.double()))
     return ((mean_a - mean_b).square().sum() + xa.square().sum() + xb.square().sum() - 2 * torch.linalg.svdvals(xa @ xb.T).sum()).item()
+
+# %% ../nbs/14_audit.ipynb #2c8da5f0
+def read_arrays(path:str|Path)->np.ndarray|dict: # the array of a .npy; mu and sigma of a .npz, float64
+    "ValueError or OSError says what the file is instead."
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray): return found
+        with found: return {k: np.asarray(found[k], np.float64) for k in ("mu", "sigma") if k in found}
+    except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{path} holds no array of numbers ({e}): write features [N,D] with numpy.save") from e
+
+def read_moments(path:str|Path)->tuple[Tensor, Tensor]: # mean [D], covariance [D,D], float64
+    "Moments of features: a .npy [N,D], or a .npz with mu and sigma. ValueError or OSError says what the file is instead."
+    found = read_arrays(path)
+    if isinstance(found, np.ndarray):
+        if found.ndim != 2 or len(found) < 2 or found.dtype.kind != "f": raise ValueError(f"{path} has the shape {found.shape} of {found.dtype}: give features [N,D], a row an image, at least two")
+        found = dict(mu=found.astype(np.float64).mean(0), sigma=np.cov(found.astype(np.float64), rowvar=False).reshape(found.shape[1], found.shape[1]))
+    if len(found) < 2: raise ValueError(f"{path} has no mu and sigma: write it with pytorch_fid --save-stats, or give features as .npy")
+    mu, sigma = (torch.as_tensor(found[k]) for k in ("mu", "sigma"))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.isfinite().all() and sigma.isfinite().all()): raise ValueError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit, or are not finite: compute them again")
+    return mu, sigma
+
+def frechet_of_moments(mu_a:Tensor, sigma_a:Tensor, mu_b:Tensor, sigma_b:Tensor)->float: # squared distance
+    "Fréchet distance between two normal distributions. ValueError if their dimensions differ."
+    if len(mu_a) != len(mu_b): raise ValueError(f"features of {len(mu_a)} and of {len(mu_b)} numbers: compute both with one network")
+    def root(sigma):
+        values, vectors = torch.linalg.eigh(sigma)
+        return vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.svdvals(root(sigma_a) @ root(sigma_b)).sum()
+    return ((mu_a - mu_b).square().sum() + sigma_a.trace() + sigma_b.trace() - 2*cross).item()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'DEMO_MS', 'Sets', 'SkipDamaged', 'MinPerSubject', 'reproduce', 'demo', 'generate', 'verification_sets',
            'accuracies', 'train_recogniser', 'own_pairs', 'write_verification', 'verify', 'classifier_weights',
-           'groups', 'settings_of', 'settings_table', 'train_generator']
+           'groups', 'settings_of', 'settings_table', 'train_generator', 'audit']
 
 # %% ../nbs/17_cli.ipynb #8bd6270b
 import os
@@ -491,3 +491,44 @@ def train_generator(
     write_whole(out/"training.png", buffer.getvalue())
     typer.echo(f"{config.steps} steps of {config.batch_size} images out of {len(faces)}; the generator is in {out/'pipeline'}, its losses in {out/'training.png'}\n"
                f"Draw a set: cemiface generate --inquiry proc:webface_1shot{' --m 0' * (method == 'simmat')} --model {out} --out SET")
+
+# %% ../nbs/17_cli.ipynb #79a8e179
+@app.command()
+@one_line_errors
+def audit(
+    faces: Annotated[str, typer.Argument(metavar="SET", help="a set made by generate, or any faces: what needs inquiries or m is then left out by name")],
+    against: Annotated[str, typer.Option(help="real faces to compare with, best the generator's training set: folder, record folder, list file, or proc:WORLD")],
+    out: Out = Path("my_audit"),
+    model: Annotated[Path, typer.Option(help="recogniser that judges: folder, public checkpoint file, or the word shipped; best not the generator's own")] = Path("shipped"),
+    inquiries: Annotated[Optional[str], typer.Option(help="one face a subject, in the set's order; default: the copies in a generated set")] = None,
+    held_out: Annotated[Optional[str], typer.Option(help="real faces of other people, the yardstick of the leakage; default: each person of --against beside the others")] = None,
+    features: Annotated[Optional[tuple[Path, Path]], typer.Option(help="Inception features of SET and of --against: .npy [N,D], or .npz with mu and sigma as pytorch_fid --save-stats writes it")] = None,
+    fmr: Annotated[float, typer.Option(min=1e-6, max=.5, help="false match rate of the leakage's threshold")] = 1e-3,
+    subjects: Annotated[Optional[int], typer.Option(min=1, help="use so many people of --against, and of any world; default: all of a stored set, 200 of a world")] = None,
+    per_subject: Annotated[Optional[int], typer.Option(min=1, help="at most so many images of each; default: all of a stored set, 20 of a world")] = None,
+    strict: Strict = False,
+    seed: Seed = 0,
+    device: Device = None,
+):
+    """Audit a generated set beside real faces: achieved similarity (Table 7), separation, t-SNE, Fréchet distance, and leakage, whether its subjects are people of the training set. One page, index.html, with tables and figures. Exit status 1 if it leaks.
+
+    Example: cemiface audit my_set --against my_faces --model my_recogniser --out my_audit
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    from cemiface.audit_page import check_inquiries, embedded, is_generated, open_generated, summary_of, write_audit
+    network = open_recogniser(model, device)
+    size, m, asked = network.config.size, None, None
+    opened = lambda source: open_named(source, size, *((subjects, per_subject) if source == against or source.startswith("proc:") else (None, None)), seed, strict=strict)
+    if is_generated(faces): drawn, m, asked = open_generated(Path(faces).expanduser(), size)
+    else: drawn = opened(faces)
+    if inquiries:
+        asked = _inquiries(inquiries, size, drawn.n_subjects, seed)
+        if not hasattr(asked, "images"): raise ValueError(f"{inquiries} holds embeddings, of nobody knows which recogniser: give --inquiries as images")
+        if is_generated(faces): check_inquiries(Path(faces).expanduser(), asked)
+    named = [named_path(s) if s else None for s in (faces, against, inquiries, held_out)]
+    claim(out, "audit", set=named[0], against=named[1], inquiries=named[2], held_out=named[3], model=str(model), features=features, fmr=fmr, subjects=subjects, per_subject=per_subject, seed=seed)
+    a = embedded(network, drawn, opened(against), m, asked, held_out and opened(held_out), features=features, fmr=fmr, progress=True)
+    found = write_audit(a, out, str(model))
+    typer.echo(f"{summary_of(found)}\nThe page is {out/'index.html'}, with its tables and figures beside it")
+    raise typer.Exit(int("leak" in a.__dict__ and a.leak.leaks))

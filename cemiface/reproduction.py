@@ -6,8 +6,8 @@
 __all__ = ['RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'CORE', 'Finding', 'Result', 'result', 'all_results', 'over_seeds',
            'rank_agreement', 'known_rates', 'note_rate', 'measured_rates', 'bench_rows', 'bench_rates', 'Step', 'plan',
            'told', 'show_plan', 'on_gpu', 'show_results', 'Inline', 'default_jobs', 'workers', 'run_steps', 'markdown',
-           'write_finding', 'facts', 'page', 'missing', 'told_missing', 'with_data', 'chosen_results', 'list_results',
-           'findings_of', 'reproduce', 'summary', 'baseline_card', 'pack']
+           'write_finding', 'facts', 'artifacts', 'html_page', 'page', 'missing', 'told_missing', 'with_data',
+           'chosen_results', 'list_results', 'findings_of', 'reproduce', 'summary', 'baseline_card', 'pack']
 
 # %% ../nbs/16_reproduction.ipynb #10c67e9f
 import base64, html, io, json, os, platform, re, signal, time
@@ -61,15 +61,17 @@ class Finding:
 class Result:
     "A table or figure of the paper."
     name: str; title: str; needs: Callable; make: Callable
+    partial: bool = False # says something of whatever is made
 
 RESULTS = {}
-PAPER_NOTEBOOKS = ("groups", "impact_of_m", "settings", "inquiry_sources", "methods", "training", "structure")
+PAPER_NOTEBOOKS = ("groups", "impact_of_m", "settings", "inquiry_sources", "methods", "training", "structure", "claims")
 
 def result(title:str, # heading, with the paper's number and section
-           needs:Callable): # study -> the tasks that the result reads
+           needs:Callable, # study -> the tasks that the result reads
+           partial:bool=False): # it can be made of some of them
     "Register a function study -> Finding as a result, under its own name."
     def add(make):
-        RESULTS[make.__name__] = Result(make.__name__, title, needs, make)
+        RESULTS[make.__name__] = Result(make.__name__, title, needs, make, partial)
         return make
     return add
 
@@ -317,25 +319,34 @@ def facts(study:Study, seconds:float)->dict[str, str]:
             **({"files": "; ".join(map(str, study.files.used()))} if study.files.used() else {}), "device": device, "versions": f"Python {platform.python_version()}, {libraries}", "this run took": told(seconds)}
 
 # %% ../nbs/16_reproduction.ipynb #59b7603d
-def _section(r:Result, found:Finding|str)->str:
-    if isinstance(found, str): return f'<h2 id="{r.name}">{html.escape(r.title)}</h2><p class="bad">{html.escape(found)}</p>'
-    out = [f'<h2 id="{r.name}">{html.escape(r.title)}</h2><p>{html.escape(found.text)}</p>']
+def artifacts(study:Study, r:Result)->pd.DataFrame: # artifact, identity
+    "What a result is made of: every step, and the hash of its configuration, with which its folder in the cache ends."
+    return pd.DataFrame([(t.title, t.infra.uid().rpartition("-")[2]) for t in in_order(r.needs(study))], columns=["artifact", "identity"])
+
+def _section(name:str, title:str, found:Finding|str, made_of:pd.DataFrame|None=None)->str:
+    if isinstance(found, str): return f'<h2 id="{name}">{html.escape(title)}</h2><p class="bad">{html.escape(found)}</p>'
+    out = [f'<h2 id="{name}">{html.escape(title)}</h2><p>{html.escape(found.text)}</p>']
     if found.figure is not None:
-        out.append(f'<img alt="{html.escape(r.title)}" src="data:image/png;base64,{base64.b64encode(found.png).decode()}">')
+        out.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(found.png).decode()}">')
     if found.table is not None:
         table = found.table.to_html(index=False, border=0, na_rep="", float_format="{:.2f}".format)
-        out.append(f'<div class="wide">{table}</div><p class="sub">tables/{r.name}.csv, tables/{r.name}.md</p>')
+        out.append(f'<div class="wide">{table}</div><p class="sub">tables/{name}.csv, tables/{name}.md</p>')
+    if made_of is not None and len(made_of): out.append(f'<details><summary class="sub">made of {len(made_of)} artifacts</summary>{made_of.to_html(index=False, border=0)}</details>')
     return "".join(out)
 
-def page(study:Study, findings:dict[str, "Finding|str"], seconds:float)->str:
-    "The summary page. A result that could not be made is a string that says why."
-    results = RESULTS
-    nav = " ".join(f'<a href="#{n}">{html.escape(results[n].title.split(":")[0])}</a>' for n in findings)
-    rows = "".join(f"<tr><th>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in facts(study, seconds).items())
+def html_page(title:str, heading:str, sub:str, about:dict[str, str], findings:dict[str, "Finding|str"], titles:dict[str, str], made_of:dict[str, pd.DataFrame]={})->str:
+    "One self-contained page: facts, then a section a finding, under its name and title, with the artifacts it is made of. What could not be made is a string that says why."
+    nav = " ".join(f'<a href="#{n}">{html.escape(titles[n].split(":")[0])}</a>' for n in findings)
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in about.items())
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>CemiFace, {study.name}</title><style>{STYLE}</style><h1>CemiFace, reproduced</h1>"
-            f'<p class="sub">Measured on {study.kind}, beside what the paper publishes for photographs.</p>'
-            f"<nav>{nav}</nav><table>{rows}</table>" + "".join(_section(results[n], f) for n, f in findings.items()) + "</html>")
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(heading)}</h1>"
+            f'<p class="sub">{html.escape(sub)}</p>'
+            f"<nav>{nav}</nav><table>{rows}</table>" + "".join(_section(n, titles[n], f, made_of.get(n)) for n, f in findings.items()) + "</html>")
+
+def page(study:Study, findings:dict[str, "Finding|str"], seconds:float)->str:
+    "The summary page of a reproduction."
+    return html_page(f"CemiFace, {study.name}", "CemiFace, reproduced", f"Measured on {study.kind}, beside what the paper publishes for photographs.",
+                     facts(study, seconds), findings, {n: RESULTS[n].title for n in findings}, {n: artifacts(study, RESULTS[n]) for n, f in findings.items() if isinstance(f, Finding)})
 
 # %% ../nbs/16_reproduction.ipynb #54f92378
 def missing(study:Study, results)->dict[str, list[Found]]: # name of a result: what it lacks; of those that lack something
@@ -382,7 +393,7 @@ def findings_of(study:Study, chosen:list[Result], failed:dict[str, str])->dict[s
     "Make every result from its artifacts; one that lacks some is a sentence that names them."
     found = {}
     for r in chosen:
-        lost = [t for t in in_order(r.needs(study)) if t.infra.uid() in failed]
+        lost = [t for t in in_order(r.needs(study)) if t.infra.uid() in failed and not r.partial]
         try: found[r.name] = f"Not made: {lost[0].title}: {failed[lost[0].infra.uid()]}" if lost else r.make(study)
         except Exception as e: found[r.name] = f"Not made: {type(e).__name__}: {e}"
     return found
@@ -390,7 +401,7 @@ def findings_of(study:Study, chosen:list[Result], failed:dict[str, str])->dict[s
 def _also_there(study:Study, chosen:list[Result])->list[Result]:
     "Results of earlier runs: the page keeps them."
     rest = [r for r in all_results().values() if r not in chosen]
-    return [r for r in rest if r.needs(study) and all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
+    return [r for r in rest if r.needs(study) and (r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study))))]
 
 # %% ../nbs/16_reproduction.ipynb #f72b50e4
 def reproduce(
@@ -421,8 +432,8 @@ def reproduce(
     except KeyboardInterrupt:
         say("Stopped. Finished steps are kept: the same command goes on from here.")
         raise SystemExit(130) from None
-    found, folder = findings_of(study, chosen + _also_there(study, chosen), failed), study.out/study.name
-    found |= {name: "Not made: " + "; ".join(map(str, lacks)) for name, lacks in lacking.items()}
+    found, folder = findings_of(study, sorted(chosen + _also_there(study, chosen), key=lambda r: not r.partial), failed), study.out/study.name
+    found |= {name: "Not made: " + "; ".join(map(str, lacks)) for name, lacks in lacking.items() if name not in found}
     for name, f in found.items():
         if isinstance(f, Finding): write_finding(folder, name, f)
     seconds = time.perf_counter() - start

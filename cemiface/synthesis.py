@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['image_noise', 'model_hash', 'embed_inquiries', 'inquiry_embeddings', 'environment', 'quiet', 'draw', 'image_runs',
            'wanted_m', 'set_config', 'draw_cells', 'generate_set', 'm_grid', 'contact_sheet', 'save_contact_sheet',
-           'plot_m_grid']
+           'plot_m_grid', 'm_slider']
 
 # %% ../nbs/12_synthesis.ipynb #6675d284
+import base64
 import hashlib
 import json
 import platform
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,3 +213,24 @@ def plot_m_grid(images:Tensor, # uint8 [R,C,3,S,S] from `m_grid`
         ax.set_xticks(centres, ["inquiry"] if x is first else [f"m = {m:g}".replace("-", "\N{MINUS SIGN}") for m in ms])
     plt.close(fig)
     return fig
+
+# %% ../nbs/12_synthesis.ipynb #0265a9a9
+def m_slider(images:Tensor, # uint8 [R,C,3,S,S] from `m_grid`
+             inquiries:Tensor, # uint8 [3,S,S] or [R,3,S,S]
+             ms:list, # the columns' similarity factors
+             achieved:Tensor, # [R,C] cosines to the inquiry
+             side:int=112, # pixels of a face on the page
+            )->str: # HTML that stands alone
+    "A slider over m: each row's inquiry, and its image at that m with the cosine achieved. ValueError if the columns differ in number."
+    R, C = images.shape[:2]
+    if not C == len(ms) == achieved.shape[1]: raise ValueError(f"{C} columns of images, {len(ms)} values of m, {achieved.shape[1]} columns of cosines: give one each")
+    first, start = (inquiries if inquiries.ndim == 4 else inquiries.expand(R, -1, -1, -1))[:, None], min(range(C), key=lambda j: abs(ms[j]))
+    sheet = base64.b64encode(encode_image(contact_sheet(torch.cat([first, images], 1), gap=0))).decode()
+    name = f"m{zlib.crc32(sheet.encode()):x}" # so that two sliders on a page keep their own sheets
+    face = lambda row, column, kind: f'<div class="face {kind}" style="background-position:{-column * side}px {-row * side}px"></div>'
+    rows = "".join(f'<div>{face(r, 0, "inquiry")}{face(r, start + 1, "drawn")}<small data-cos="{" ".join(f"{c:.2f}" for c in achieved[r].tolist())}">cosine {achieved[r, start]:.2f}</small></div>' for r in range(R))
+    moved = (f"const b=this.closest('.{name}'),j=+this.value;b.querySelector('b').textContent={[f'{m:g}' for m in ms]}[j];"
+             f"b.querySelectorAll('.drawn').forEach(d=>d.style.backgroundPositionX=-(j+1)*{side}+'px');b.querySelectorAll('small').forEach(s=>s.textContent='cosine '+s.dataset.cos.split(' ')[j])")
+    return (f'<div class="{name}"><style>.{name} .face{{width:{side}px;height:{side}px;image-rendering:pixelated;background:url(data:image/png;base64,{sheet}) 0 0/{(C + 1) * side}px}}</style>'
+            f'<label>m = <b>{ms[start]:g}</b> <input type="range" min="0" max="{C - 1}" value="{start}" style="width:20em;vertical-align:middle" oninput="{moved}"></label>'
+            f'<div style="display:flex;gap:8px;margin-top:6px">{rows}</div></div>')

@@ -98,6 +98,29 @@ def test_readme_links_lead_somewhere():
     assert links and [o for o in links if not (ROOT / o).exists()] == []
 
 
+def test_links_between_notebooks_lead_somewhere():
+    "Relative links of every notebook, with their anchors as Quarto makes them of headings."
+    slug = lambda heading: re.sub(r"[^\w\- ]", "", re.sub(r"[`*$]", "", heading).strip().lower()).replace(" ", "-").lstrip("0123456789-.")
+    heads = {p: {slug(h) for c in cells(p, "markdown") for h in re.findall(r"^#+ (.+)$", "".join(c["source"]), re.M)} for p in NOTEBOOKS}
+    broken = []
+    for p in NOTEBOOKS:
+        for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", "\n".join("".join(c["source"]) for c in cells(p, "markdown"))):
+            name, _, anchor = link.partition("#")
+            there = (p.parent / name).resolve() if name else p
+            if not there.exists() or (anchor and anchor not in heads.get(there, ())): broken.append(f"{here(p)}: {link}")
+    assert broken == []
+
+
+def test_the_map_names_every_result():
+    from importlib import import_module
+    from cemiface.reproduction import all_results
+    rows = re.findall(r"^\| (.+?) \| `(\w+)` \| \[(\w+)\]\((\S+)\) \| `(\w+)\.(\w+)` \|$", "".join("".join(c["source"]) + "\n" for c in cells(ROOT / "nbs/index.ipynb", "markdown")), re.M)
+    assert {r[1]: r[0] for r in rows} == {n: r.title for n, r in all_results().items()}
+    for _, name, notebook, path, module, function in rows:
+        assert path == f"paper/{notebook}.ipynb" and f"#| default_exp paper.{module}" in "".join(cells(ROOT / "nbs" / path)[0]["source"])
+        assert name == function and getattr(import_module(f"cemiface.paper.{module}"), function) is all_results()[name].make
+
+
 def test_relink():
     assert relink("![a](images/a.png) [b](x.ipynb)") == "![a](nbs/images/a.png) [b](nbs/x.ipynb)"
     assert relink("[c](https://x.y/z) [d](#e) [f](../LICENSE)") == "[c](https://x.y/z) [d](#e) [f](LICENSE)"
