@@ -10,7 +10,7 @@ __all__ = ['RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'CORE', 'Finding', 'Result', '
            'chosen_results', 'list_results', 'findings_of', 'reproduce', 'summary', 'baseline_card', 'pack']
 
 # %% ../nbs/16_reproduction.ipynb #10c67e9f
-import base64, html, io, json, os, platform, re, signal, time
+import base64, html, io, json, os, platform, re, signal, sys, time
 from concurrent.futures import BrokenExecutor, Executor, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -422,7 +422,7 @@ def reproduce(
     if bench: jobs = 1 # its speeds are of one process at a time
     start, study, chosen = time.perf_counter(), Study(profile, out, seeds, from_scratch, data), chosen_results(results)
     lacking = missing(study, chosen)
-    if lacking: say(told_missing(lacking))
+    if lacking: say(told_missing(lacking)), sys.stdout.flush() # an error may follow
     if not dry_run: chosen = with_data(study, chosen, lacking)
     steps = plan(study, chosen, jobs, bench)
     say(f"cemiface reproduce: profile {study.name} ({study.profile.size} px) on {'the machine of ' + ', '.join(map(str, bench)) if bench else default_device()}, {seeds} seed(s), {len(chosen)} results, {jobs} at a time\n"
