@@ -37,9 +37,16 @@ def reproduce(
     out: Out = Path("cemiface_out"),
     seeds: Annotated[int, typer.Option(help="repetitions of every set and every training")] = 2,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="train what would start from shipped weights")] = False,
-    jobs: Annotated[Optional[int], typer.Option(min=1, help="steps at a time; default: one a core, at most 8; 1 with CUDA or --from-scratch")] = None,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="steps at a time; default: one a core, at most 8; 1 with CUDA or --from-scratch; 16 on Slurm")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan: what there is to do, and for how long")] = False,
     bench: Annotated[Optional[list[Path]], typer.Option(help="JSON file of cemiface bench, from the machine that the plan is for; repeat for several")] = None,
+    cluster: Annotated[Optional[Literal["local", "slurm"]], typer.Option(help="run every step as a job: of this machine, or of Slurm; logs are in OUT/jobs")] = None,
+    partition: Annotated[Optional[str], typer.Option(help="of Slurm; default: Slurm's own")] = None,
+    gpus: Annotated[Optional[int], typer.Option(min=0, help="of a job; default: on Slurm none, here one a process where there are any")] = None,
+    processes: Annotated[Optional[int], typer.Option(min=1, help="of a job that can share its work: training a generator, drawing a set; default: one a GPU")] = None,
+    cpus: Annotated[Optional[int], typer.Option(min=1, help="cores of a process; default: 1")] = None,
+    time: Annotated[Optional[int], typer.Option(min=1, help="minutes that a job may take; default: the partition's, here no limit")] = None,
+    retries: Annotated[Optional[int], typer.Option(min=0, help="how often a job that died, or ran out of time, is given again; default: 1")] = None,
     data: Annotated[Optional[Path], typer.Option(help="folder of your files: casia, webface_1shot, lfw.bin ... for profile paper; sets/NAME, of other methods, for table6 of any profile")] = None,
 ):
     """Make the paper's tables and figures, beside the published numbers.
@@ -52,14 +59,17 @@ def reproduce(
 
     Example: cemiface reproduce --all --profile paper --dry-run
 
+    Example: cemiface reproduce --all --profile gpu --cluster slurm --partition gpu --gpus 1 --time 120 --jobs 16
     Example: cemiface reproduce table1 --profile paper --data my_data
     """
     from cemiface import experiments, reproduction
+    from cemiface.jobs import cluster_of, usual_jobs
+    where = cluster_of(cluster, partition=partition, gpus=gpus, processes=processes, cpus=cpus, time=time, retries=retries)
     profile = profile or ("gpu" if pick_device(None) == "cuda" else "laptop")
     if bench and not dry_run: raise ValueError("--bench is for a plan: add --dry-run")
     if every and results: raise ValueError(f"--all makes every result: leave {results[0]} out, or --all")
     if show: return typer.echo(reproduction.list_results(experiments.Study(profile, out, seeds, from_scratch, data)))
-    found = reproduction.reproduce(profile, list(reproduction.all_results()) if every else results or None, out, seeds, from_scratch, jobs or (1 if from_scratch else reproduction.default_jobs()), dry_run=dry_run, bench=tuple(bench or ()), data=data)
+    found = reproduction.reproduce(profile, list(reproduction.all_results()) if every else results or None, out, seeds, from_scratch, jobs or (usual_jobs(where) if where else 1 if from_scratch else reproduction.default_jobs()), dry_run=dry_run, bench=tuple(bench or ()), cluster=where, data=data)
     if any(isinstance(f, str) for f in found.values()): raise typer.Exit(1)
 
 # %% ../nbs/17_cli.ipynb #2d8a25c8

@@ -36,12 +36,12 @@ from .paper_data import (BINS, MODELS, NEEDED, Found, PaperData, first_of_each, 
                                  stored_faces, whole_pairs)
 from .pipeline import CemiFacePipeline, ddim_scheduler, place, shipped_pipeline
 from .procfaces import BENCHMARKS, benchmark_pairs, world_faces
-from .recognition import RecogniserConfig, embed, load_recogniser, train_recogniser
+from .recognition import RecogniserConfig, embed, fresh_accelerator, load_recogniser, train_recogniser
 from .images import write_whole
 from .inspection import read_set
 from .simmat import SimMatConfig, train_generator
 from .inquiries import select_inquiries
-from .sets import image_seed
+from .sets import current_share, image_seed
 from .synthesis import draw, generate_set
 from .verification import evaluate
 
@@ -120,6 +120,12 @@ def _bars()->bool: return sys.stderr.isatty() and parent_process() is None # one
 def _folder(task)->Path:
     "The folder that the task's configuration names."
     return task.infra.uid_folder(create=True)
+
+def _by_the_first(write):
+    "Of several processes the first one writes, and the others wait for it."
+    here = fresh_accelerator("no")
+    if here.is_main_process: write()
+    here.wait_for_everyone()
 
 def _keep(task, **tensors): write_whole(_folder(task)/"tensors.safetensors", save({k: v.contiguous().cpu() for k, v in tensors.items()}))
 
@@ -286,16 +292,17 @@ class Generator(BaseModel):
         return f"generator, preset {self.preset}, {', '.join(differs) or 'trained on as it was'}"
     def work(self): return ("load", 1) if self.simmat is None else ("simmat", self.simmat.steps * self.simmat.batch_size)
 
+    def together(self)->tuple: # recogniser, UNet, conditioner
+        (model, _), init = self.recogniser.load(), None
+        if self.start:
+            init, usual = _folder(self)/"start", self.start.load()
+            _by_the_first(lambda: (usual.unet.save_pretrained(init/"unet"), usual.conditioner.save_pretrained(init/"conditioner")))
+        return model, *train_generator(self.faces.load(), model, GENERATORS[self.preset], self.simmat, _folder(self)/"train", init, progress=_bars())
+
     @infra.apply
     def run(self)->dict:
         if self.shipped: return dict(shipped=self.shipped)
-        (model, _), init = self.recogniser.load(), None
-        if self.start:
-            init = _folder(self)/"start"
-            usual = self.start.load()
-            usual.unet.save_pretrained(init/"unet"), usual.conditioner.save_pretrained(init/"conditioner")
-        unet, conditioner = train_generator(self.faces.load(), model, GENERATORS[self.preset], self.simmat,
-                                            _folder(self)/"train", init, progress=_bars())
+        model, unet, conditioner = self.together()
         scheduler = ddim_scheduler(self.simmat.snr_scale, self.simmat.T, self.simmat.prediction)
         CemiFacePipeline(unet, conditioner, model, scheduler).save_pretrained(_folder(self)/"pipeline")
         return dict(device=default_device())
@@ -319,12 +326,15 @@ class Baseline(BaseModel):
     def title(self): return "baseline, shipped" if self.shipped else f"baseline, preset {self.generator.preset}"
     def work(self): return ("load", 1) if self.shipped else ("simmat", self.config.steps * self.config.batch_size)
 
+    def together(self)->tuple: # training set, generator, UNet, conditioner
+        faces, start, init = self.faces.load(), self.generator.load(), _folder(self)/"start"
+        _by_the_first(lambda: start_from(start, self.config, init))
+        return faces, start, *train_dcface(faces, start.recogniser, GENERATORS[self.generator.preset], self.config, _folder(self)/"train", init, _bars())
+
     @infra.apply
     def run(self)->dict:
         if self.shipped: return dict(shipped=self.shipped)
-        faces, start = self.faces.load(), self.generator.load()
-        init = start_from(start, self.config, _folder(self)/"start")
-        unet, conditioner = train_dcface(faces, start.recogniser, GENERATORS[self.generator.preset], self.config, _folder(self)/"train", init, _bars())
+        faces, start, unet, conditioner = self.together()
         bank = style_bank(start.recogniser, faces, self.config.cells)
         DCFacePipeline(unet, conditioner, start.recogniser, start.scheduler, bank).save_pretrained(_folder(self)/"pipeline")
         return dict(device=default_device())
@@ -527,11 +537,16 @@ class GeneratedSet(BaseModel):
     def title(self): return f"set of {self.drawn} images of {self.subjects} {self.how}, seed {self.seed}"
     def work(self): return "denoise", self.drawn * self.steps
 
-    @infra.apply
-    def run(self)->dict:
+    def share(self, shard:tuple=(0, 1)):
         pipe, m, runs = place((self.baseline or self.generator).load(), default_device()), self.m, self.per_subject
         generate_set(pipe, (self.centres or self.inquiries).faces(self.subjects), list(m) if isinstance(m, tuple) else m, runs if isinstance(runs, int) else list(runs), self.folder,
-                     seed=self.seed, steps=self.steps, oversample=self.oversample, progress=_bars())
+                     seed=self.seed, steps=self.steps, oversample=self.oversample, progress=_bars(), shard=shard)
+
+    def together(self): self.share(current_share())
+
+    @infra.apply
+    def run(self)->dict:
+        self.share()
         return dict(device=default_device())
 
     @property

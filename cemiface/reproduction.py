@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'CORE', 'Finding', 'Result', 'result', 'all_results', 'over_seeds',
-           'rank_agreement', 'known_rates', 'note_rate', 'measured_rates', 'bench_rows', 'bench_rates', 'Step', 'plan',
-           'told', 'show_plan', 'on_gpu', 'show_results', 'Inline', 'default_jobs', 'workers', 'run_steps', 'markdown',
-           'write_finding', 'facts', 'artifacts', 'html_page', 'page', 'missing', 'told_missing', 'with_data',
-           'chosen_results', 'list_results', 'findings_of', 'reproduce', 'summary', 'baseline_card', 'pack']
+           'rank_agreement', 'machine_of', 'known_rates', 'note_rate', 'measured_rates', 'bench_rows', 'bench_rates',
+           'Step', 'plan', 'told', 'show_plan', 'gpus_of', 'show_results', 'Inline', 'default_jobs', 'workers',
+           'run_steps', 'markdown', 'write_finding', 'facts', 'artifacts', 'html_page', 'page', 'missing',
+           'told_missing', 'with_data', 'chosen_results', 'list_results', 'findings_of', 'reproduce', 'summary',
+           'shown', 'baseline_card', 'pack']
 
 # %% ../nbs/16_reproduction.ipynb #10c67e9f
-import base64, html, io, json, os, platform, re, signal, sys, time
+import base64, html, io, json, os, platform, re, signal, sys, tempfile, time
 from concurrent.futures import BrokenExecutor, Executor, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from .paper_data import Found
 from .pipeline import untrained_pipeline
 from .procfaces import world_faces
 from .images import write_whole
+from .jobs import attempt, Cluster, device_name, gpu_shares, Jobs
 from .synthesis import draw
 
 # %% ../nbs/16_reproduction.ipynb #d98eb538
@@ -95,18 +97,22 @@ def rank_agreement(ours:pd.Series, theirs:pd.Series)->str:
 # %% ../nbs/16_reproduction.ipynb #89a67393
 def _rates_path(study)->Path: return study.out/"cache"/"rates.json"
 
-def known_rates(study)->dict[str, float]:
-    "Seconds per unit of work that earlier runs of this profile took on this device."
+def machine_of(cluster:Cluster|None)->str: # what rates go by: cpu or cuda here, slurm elsewhere; and the processes of a job
+    where = "slurm" if cluster and cluster.kind == "slurm" else default_device()
+    return f"{where} x {cluster.processes}" if cluster and cluster.processes > 1 else where
+
+def known_rates(study, machine:str)->dict[str, float]:
+    "Seconds per unit of work that earlier runs of this profile took there."
     path = _rates_path(study)
     known = json.loads(path.read_text()) if path.exists() else {}
-    start = f"{study.name}/{default_device()}/"
+    start = f"{study.name}/{machine}/"
     return {k.removeprefix(start): v for k, v in known.items() if k.startswith(start)}
 
-def note_rate(study, kind:str, rate:float):
+def note_rate(study, machine:str, kind:str, rate:float):
     "Keep the rate of the step that just ended."
     path = _rates_path(study)
     known = json.loads(path.read_text()) if path.exists() else {}
-    write_whole(path, json.dumps(known | {f"{study.name}/{default_device()}/{kind}": rate}).encode())
+    write_whole(path, json.dumps(known | {f"{study.name}/{machine}/{kind}": rate}).encode())
 
 # %% ../nbs/16_reproduction.ipynb #65e135b5
 def _seconds(call, units:int, precision:str="no")->float:
@@ -162,13 +168,13 @@ def bench_rates(profile:Profile, files)->dict[str, float]:
 @dataclass
 class Step:
     "One task of the plan."
-    task: object; cached: bool; seconds: float = 0.
+    task: object; cached: bool; seconds: float = 0.; device: str = "" # where this run made it
 
-def plan(study:Study, results:list[Result], jobs:int=1, bench:tuple=())->list[Step]:
+def plan(study:Study, results:list[Result], jobs:int=1, bench:tuple=(), cluster:Cluster|None=None)->list[Step]:
     "Every task that the results need, in order, with its state and estimated seconds."
     steps = [Step(t, t.infra.status() == "completed") for t in in_order([t for r in results for t in r.needs(study)])]
     todo = [s for s in steps if not s.cached]
-    rates = known_rates(study) | bench_rates(study.profile, bench)
+    rates = known_rates(study, machine_of(cluster)) | bench_rates(study.profile, bench)
     if any(s.task.work()[0] not in rates for s in todo): rates = measured_rates(study.profile, _threads(jobs)) | rates
     for s in todo:
         kind, amount = s.task.work()
@@ -190,14 +196,15 @@ def show_plan(steps:list[Step])->str:
         lines.append(f"  {first:72} " + (f"{todo} to do, about {told(seconds)}".replace("about no", "hardly any") if todo else "in the cache"))
     return "\n".join(lines)
 
-def on_gpu(bench:tuple)->bool: # JSON files of `cemiface bench`, or none
-    "Whether the plan's machine has a GPU."
-    return any(json.loads(Path(f).read_text()).get("machine", {}).get("gpu", "none") != "none" for f in bench) if bench else default_device() == "cuda"
+def gpus_of(bench:tuple, cluster:Cluster|None=None)->int: # bench: JSON files of `cemiface bench`, or none
+    "How many GPUs a step of the plan holds."
+    if bench: return int(any(json.loads(Path(f).read_text()).get("machine", {}).get("gpu", "none") != "none" for f in bench))
+    return cluster.gpus if cluster else int(default_device() == "cuda")
 
-def show_results(study:Study, results:list[Result], steps:list[Step], gpu:bool=False)->str: # gpu: in hours of one
+def show_results(study:Study, results:list[Result], steps:list[Step], gpus:int=0)->str: # gpus: that a step holds, to count in their hours
     "Time of each result: alone, and after those before it, with which it shares tasks."
-    seconds, seen, lines = {s.task.infra.uid(): s.seconds for s in steps}, set(), [f"  {'GPU-hours of each result' * gpu:72} {'alone':>8} {'added':>8}"]
-    said = (lambda s: f"{s / 3600:,.2f}" if s >= .5 else "-") if gpu else lambda s: told(s).replace("no time", "-")
+    seconds, seen, lines = {s.task.infra.uid(): s.seconds for s in steps}, set(), [f"  {'GPU-hours of each result' if gpus else '':72} {'alone':>8} {'added':>8}"]
+    said = (lambda s: f"{gpus * s / 3600:,.2f}" if s >= .5 else "-") if gpus else lambda s: told(s).replace("no time", "-")
     for r in results:
         uids = {t.infra.uid() for t in in_order(r.needs(study))}
         alone, added = (said(sum(map(seconds.get, part))) for part in (uids, uids - seen))
@@ -225,8 +232,11 @@ def _serve(threads:int, life:connection.Connection):
     Thread(target=lambda: (connection.wait([life]), os._exit(1)), daemon=True).start()
 
 @contextmanager
-def workers(jobs:int): # Executor
-    "So many processes, or this one."
+def workers(jobs:int, cluster:Cluster|None=None, out:Path=Path("jobs"), say:Callable=print): # Executor
+    "So many jobs at a time, or processes, or this one."
+    if cluster:
+        with Jobs(cluster, jobs, out, say) as pool: yield pool
+        return
     if jobs == 1: yield Inline(); return
     spawn = get_context("spawn") # a forked process can't use what torch has started in this one
     theirs, ours = spawn.Pipe(duplex=False)
@@ -240,46 +250,41 @@ def workers(jobs:int): # Executor
         ours.close()
 
 # %% ../nbs/16_reproduction.ipynb #76e5cc8b
-def _attempt(task)->tuple[float, str]: # seconds, what went wrong or ""
-    start = time.perf_counter()
-    try: task.run()
-    except Exception as e: return 0., f"{type(e).__name__}: {e}".splitlines()[0]
-    return time.perf_counter() - start, ""
-
-def _outcome(done:Future)->tuple[float, str]:
+def _outcome(done:Future)->tuple[float, str, str]: # as of `attempt`
     try: return done.result()
-    except BrokenExecutor: return 0., "its process was killed, as happens where memory runs out: give the command again, with --jobs 1"
+    except BrokenExecutor: return 0., "its process was killed, as happens where memory runs out: give the command again, with --jobs 1", ""
 
 def _submit(pool:Executor, task)->Future:
-    if isinstance(pool, Inline): return pool.submit(_attempt, task)
+    if not isinstance(pool, ProcessPoolExecutor): return pool.submit(attempt, task)
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN) # a worker that starts now leaves Ctrl-C to its parent
-    try: return pool.submit(_attempt, task)
+    try: return pool.submit(attempt, task)
     except BrokenExecutor as e: # of an earlier task
         lost = Future()
         lost.set_exception(e)
         return lost
     finally: signal.signal(signal.SIGINT, heard)
 
-def run_steps(study:Study, steps:list[Step], say:Callable=print, progress:bool=True, jobs:int=1)->dict[str, str]: # {uid: what went wrong}
+def run_steps(study:Study, steps:list[Step], say:Callable=print, progress:bool=True, jobs:int=1, cluster:Cluster|None=None)->dict[str, str]: # {uid: what went wrong}
     "Run the plan's steps, parts before wholes, `jobs` at a time, with one bar in estimated seconds."
     failed, todo = {}, {s.task.infra.uid(): s for s in steps if not s.cached}
     n, waiting, running = len(todo), list(todo), {}
     bar = tqdm(total=max(round(sum(s.seconds for s in todo.values())), 1), unit="s", disable=None if progress else True, desc="all steps",
                bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed} so far, about {remaining} left")
-    def ended(uid, took, error):
+    def ended(uid, took, error, device):
         step = todo.pop(uid)
+        step.device = device
         if error: failed[uid] = error
-        else: note_rate(study, step.task.work()[0], took / step.task.work()[1])
+        else: note_rate(study, machine_of(cluster), step.task.work()[0], took / step.task.work()[1])
         bar.update(min(step.seconds, bar.total - bar.n))
         say(f"[{n - len(todo)}/{n}] {step.task.title}: " + (f"failed: {error}" if error else told(took)))
-    with workers(jobs) as pool:
+    with workers(jobs, cluster, study.out/"jobs", say) as pool:
         while todo:
             for uid in list(waiting):
                 needed = {p.infra.uid(): p.title for p in parts(todo[uid].task)}
                 broken = [title for p, title in needed.items() if p in failed]
                 if broken or (len(running) < jobs and not needed.keys() & todo.keys()): waiting.remove(uid)
                 else: continue
-                if broken: ended(uid, 0., f"needs {broken[0]}")
+                if broken: ended(uid, 0., f"needs {broken[0]}", "")
                 else: running[_submit(pool, todo[uid].task)] = uid
             for done in wait(running, timeout=1, return_when=FIRST_COMPLETED).done: ended(running.pop(done), *_outcome(done))
             bar.refresh()
@@ -308,15 +313,14 @@ table{border-collapse:collapse;font-size:.88rem;margin:1rem 0}th,td{padding:.3re
 th{background:#f3f6fa;font-weight:600}td:first-child,th:first-child{text-align:left}.bad{color:#a3261b}
 @media(prefers-color-scheme:dark){body{background:#14181f;color:#dfe5ee}th{background:#1f2630}th,td,h2{border-color:#2d3643}a{color:#7fb2f0}.sub{color:#98a3b3}img{background:#fff}}"""
 
-def facts(study:Study, seconds:float)->dict[str, str]:
+def facts(study:Study, seconds:float, devices:list[str])->dict[str, str]:
     "What a reader has to know before believing a number."
     p = study.profile
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores"
     libraries = ", ".join(f"{n} {version(n)}" for n in ("cemiface", "torch", "diffusers", "exca"))
     return {"profile": f"{study.name}: {p.size} px, {study.kind}" + ("" if study.real else " (benchmarks are proc-LFW and so on, not the paper's)"),
             "seeds": f"{len(study.seeds)}; every accuracy is of the last epoch, its spread the standard deviation over seeds",
             "recogniser and generator": "shipped with the package" if study.shipped else "trained by this run" if not study.brought("recogniser") else f"{study.brought('recogniser').title}, and a generator trained by this run",
-            **({"files": "; ".join(map(str, study.files.used()))} if study.files.used() else {}), "device": device, "versions": f"Python {platform.python_version()}, {libraries}", "this run took": told(seconds)}
+            **({"files": "; ".join(map(str, study.files.used()))} if study.files.used() else {}), "device": "; ".join(devices), "versions": f"Python {platform.python_version()}, {libraries}", "this run took": told(seconds)}
 
 # %% ../nbs/16_reproduction.ipynb #59b7603d
 def artifacts(study:Study, r:Result)->pd.DataFrame: # artifact, identity
@@ -343,10 +347,10 @@ def html_page(title:str, heading:str, sub:str, about:dict[str, str], findings:di
             f'<p class="sub">{html.escape(sub)}</p>'
             f"<nav>{nav}</nav><table>{rows}</table>" + "".join(_section(n, titles[n], f, made_of.get(n)) for n, f in findings.items()) + "</html>")
 
-def page(study:Study, findings:dict[str, "Finding|str"], seconds:float)->str:
+def page(study:Study, findings:dict[str, "Finding|str"], seconds:float, devices:list[str])->str:
     "The summary page of a reproduction."
     return html_page(f"CemiFace, {study.name}", "CemiFace, reproduced", f"Measured on {study.kind}, beside what the paper publishes for photographs.",
-                     facts(study, seconds), findings, {n: RESULTS[n].title for n in findings}, {n: artifacts(study, RESULTS[n]) for n, f in findings.items() if isinstance(f, Finding)})
+                     facts(study, seconds, devices), findings, {n: RESULTS[n].title for n in findings}, {n: artifacts(study, RESULTS[n]) for n, f in findings.items() if isinstance(f, Finding)})
 
 # %% ../nbs/16_reproduction.ipynb #54f92378
 def missing(study:Study, results)->dict[str, list[Found]]: # name of a result: what it lacks; of those that lack something
@@ -415,36 +419,50 @@ def reproduce(
     progress:bool=True, # a bar with the time left, on a terminal
     dry_run:bool=False, # only say what there is to do, and for how long
     bench:tuple=(), # JSON files of `cemiface bench`, whose speeds the plan goes by
+    cluster:Cluster|None=None, # run every step as a job there, `jobs` at a time
     data:str|Path|None=None, # folder of the user's files, as `PaperData` takes it
 )->dict[str, "Finding|str"]: # each result's finding, or what is missing; results of earlier runs too
     "Make the paper's tables and figures, of those whose data is there. ValueError for an unknown profile or result, no job, or none whose data is there; SystemExit(130) on Ctrl-C."
     if jobs < 1: raise ValueError(f"jobs must be at least 1, not {jobs}")
     if bench: jobs = 1 # its speeds are of one process at a time
+    if cluster: gpu_shares(cluster, jobs) # are there enough GPUs?
     start, study, chosen = time.perf_counter(), Study(profile, out, seeds, from_scratch, data), chosen_results(results)
     lacking = missing(study, chosen)
     if lacking: say(told_missing(lacking)), sys.stdout.flush() # an error may follow
     if not dry_run: chosen = with_data(study, chosen, lacking)
-    steps = plan(study, chosen, jobs, bench)
-    say(f"cemiface reproduce: profile {study.name} ({study.profile.size} px) on {'the machine of ' + ', '.join(map(str, bench)) if bench else default_device()}, {seeds} seed(s), {len(chosen)} results, {jobs} at a time\n"
-        f"{show_plan(steps)}\n  in all about {told(sum(s.seconds for s in steps) / jobs)}{f' ({sum(s.seconds for s in steps) / 3600:,.1f} GPU-hours)' * on_gpu(bench)}; everything is kept in {study.out/'cache'}")
-    if dry_run: return say(show_results(study, chosen, steps, on_gpu(bench))) or {}
-    try: failed = run_steps(study, steps, say, progress, jobs)
-    except KeyboardInterrupt:
-        say("Stopped. Finished steps are kept: the same command goes on from here.")
+    steps, gpus = plan(study, chosen, jobs, bench, cluster), gpus_of(bench, cluster)
+    say(f"cemiface reproduce: profile {study.name} ({study.profile.size} px) on {'the machine of ' + ', '.join(map(str, bench)) if bench else cluster or default_device()}, {seeds} seed(s), {len(chosen)} results, {jobs} at a time\n"
+        f"{show_plan(steps)}\n  in all about {told(sum(s.seconds for s in steps) / jobs)}{f' ({gpus * sum(s.seconds for s in steps) / 3600:,.1f} GPU-hours)' if gpus else ''}; everything is kept in {study.out/'cache'}")
+    if dry_run: return say(show_results(study, chosen, steps, gpus)) or {}
+    try: failed = run_steps(study, steps, say, progress, jobs, cluster)
+    except KeyboardInterrupt as e:
+        say(" ".join(["Stopped.", *e.args, "Finished steps are kept: the same command goes on from here."]))
         raise SystemExit(130) from None
     found, folder = findings_of(study, sorted(chosen + _also_there(study, chosen), key=lambda r: not r.partial), failed), study.out/study.name
     found |= {name: "Not made: " + "; ".join(map(str, lacks)) for name, lacks in lacking.items() if name not in found}
     for name, f in found.items():
         if isinstance(f, Finding): write_finding(folder, name, f)
-    seconds = time.perf_counter() - start
-    write_whole(folder/"index.html", page(study, found, seconds).encode())
-    say(summary(found, folder, seconds))
+    seconds, devices = time.perf_counter() - start, sorted({s.device for s in steps} - {""}) or [device_name()]
+    write_whole(folder/"index.html", page(study, found, seconds, devices).encode())
+    say(summary(found, folder, seconds, {s.task.title: failed[uid] for s in steps if (uid := s.task.infra.uid()) in failed}))
     return found
 
-def summary(found:dict, folder:Path, seconds:float)->str:
-    "The last lines: where, how long, the main numbers."
+def summary(found:dict, folder:Path, seconds:float, failed:dict[str, str])->str:
+    "The last lines: where, how long, the main numbers, the steps that failed."
     lines = [f"  {RESULTS[n].title}: {f if isinstance(f, str) else f.headline}" for n, f in found.items()]
+    if failed: lines += ["Failed steps, which the same command tries again:", *(f"  {title}: {error}" for title, error in failed.items())]
     return f"Done in {told(seconds)}.\n" + "\n".join(lines) + f"\nEverything is in {folder}: open {folder/'index.html'}"
+
+# %% ../nbs/16_reproduction.ipynb #f6c2ca45
+def shown(names:list[str])->dict[str, Finding]:
+    "Findings for a notebook. Prints which profile, device and seeds they are of."
+    profile, out, seeds, data = (os.environ.get(f"CEMIFACE_{k}", v) for k, v in dict(PROFILE="smoke", OUT="", SEEDS="1", DATA="").items())
+    study, here = Study(profile, out or tempfile.mkdtemp(), int(seeds), data=data or None), chosen_results(names)
+    if not out: reproduce(profile, names, study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False)
+    print(f"profile {study.name}, {study.profile.size} px, {seeds} seed{'s' * (seeds != '1')}, {device_name()}")
+    ready = [r for r in here if r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
+    lacking = {r.name: Finding(f"Not made yet at this profile: cemiface reproduce {r.name} --profile {study.name} makes it; add --dry-run to see how long that takes.") for r in here if r not in ready}
+    return {n: f if isinstance(f, Finding) else Finding(f) for n, f in (findings_of(study, ready, {}) | lacking).items()}
 
 # %% ../nbs/16_reproduction.ipynb #0d71ba09
 def baseline_card(study:Study)->dict: # training; cosine to the inquiry over the profile's inquiries, one image each
@@ -459,7 +477,7 @@ def pack(study:Study, folder:Path, **about)->dict: # the card; `about` is what e
     pipe, centres, accuracy = study.generator().load(), study.recogniser().load()[1], study.yardstick().run()["trained"]
     control, p = study.control().load(), study.profile
     achieved = torch.einsum("mikd,id->mik", control["emb"], control["inquiry_emb"])
-    card = dict(command=f"cemiface reproduce --profile {p.name} --from-scratch", device=facts(study, 0)["device"], images=p.train_subjects * p.per_subject,
+    card = dict(command=f"cemiface reproduce --profile {p.name} --from-scratch", device=device_name(), images=p.train_subjects * p.per_subject,
                 steps=p.simmat.steps, batch_size=p.simmat.batch_size, recogniser_accuracy={k: round(v, 2) for k, v in accuracy.items()},
                 inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())},
                 dcface=baseline_card(study)) | about
