@@ -47,6 +47,7 @@ def reproduce(
     cpus: Annotated[Optional[int], typer.Option(min=1, help="cores of a process; default: 1")] = None,
     time: Annotated[Optional[int], typer.Option(min=1, help="minutes that a job may take; default: the partition's, here no limit")] = None,
     retries: Annotated[Optional[int], typer.Option(min=0, help="how often a job that died, or ran out of time, is given again; default: 1")] = None,
+    data: Annotated[Optional[Path], typer.Option(help="folder of your files: casia, webface_1shot, lfw.bin ... for profile paper; sets/NAME, of other methods, for table6 of any profile")] = None,
 ):
     """Make the paper's tables and figures, beside the published numbers.
 
@@ -59,6 +60,7 @@ def reproduce(
     Example: cemiface reproduce --all --profile paper --dry-run
 
     Example: cemiface reproduce --all --profile gpu --cluster slurm --partition gpu --gpus 1 --time 120 --jobs 16
+    Example: cemiface reproduce table1 --profile paper --data my_data
     """
     from cemiface import experiments, reproduction
     from cemiface.jobs import cluster_of, usual_jobs
@@ -66,8 +68,8 @@ def reproduce(
     profile = profile or ("gpu" if pick_device(None) == "cuda" else "laptop")
     if bench and not dry_run: raise ValueError("--bench is for a plan: add --dry-run")
     if every and results: raise ValueError(f"--all makes every result: leave {results[0]} out, or --all")
-    if show: return typer.echo(reproduction.list_results(experiments.Study(profile, out, seeds, from_scratch)))
-    found = reproduction.reproduce(profile, list(reproduction.all_results()) if every else results or None, out, seeds, from_scratch, jobs or (usual_jobs(where) if where else 1 if from_scratch else reproduction.default_jobs()), dry_run=dry_run, bench=tuple(bench or ()), cluster=where)
+    if show: return typer.echo(reproduction.list_results(experiments.Study(profile, out, seeds, from_scratch, data)))
+    found = reproduction.reproduce(profile, list(reproduction.all_results()) if every else results or None, out, seeds, from_scratch, jobs or (usual_jobs(where) if where else 1 if from_scratch else reproduction.default_jobs()), dry_run=dry_run, bench=tuple(bench or ()), cluster=where, data=data)
     if any(isinstance(f, str) for f in found.values()): raise typer.Exit(1)
 
 # %% ../nbs/17_cli.ipynb #2d8a25c8

@@ -82,13 +82,13 @@ class FaceSet:
 # %% ../nbs/03_data.ipynb #5eaf6590
 class Picked:
     "Some images of a lazy collection, looked up when asked for."
-    def __init__(self, images:Any, indices:Tensor): self.images, self.indices = images, indices
+    def __init__(self, whole:Any, indices:Tensor): self.whole, self.indices = whole, indices
     def __len__(self)->int: return len(self.indices)
-    def __getitem__(self, i:Tensor)->Tensor: return self.images[self.indices[i]]
+    def __getitem__(self, i:Tensor)->Tensor: return self.whole[self.indices[i]]
     @property
-    def shape(self)->tuple: return (len(self), *self.images.shape[1:])
+    def shape(self)->tuple: return (len(self), *self.whole.shape[1:])
     @property
-    def workers(self)->int: return getattr(self.images, "workers", 0)
+    def workers(self)->int: return getattr(self.whole, "workers", 0)
 
 # %% ../nbs/03_data.ipynb #97b3cb92
 @dataclass

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['RESULTS', 'PAPER_NOTEBOOKS', 'STYLE', 'CORE', 'Finding', 'Result', 'result', 'all_results', 'over_seeds',
            'rank_agreement', 'machine_of', 'known_rates', 'note_rate', 'measured_rates', 'bench_rows', 'bench_rates',
-           'Step', 'plan', 'told', 'show_plan', 'show_results', 'Inline', 'default_jobs', 'workers', 'run_steps',
-           'markdown', 'write_finding', 'facts', 'artifacts', 'html_page', 'page', 'chosen_results', 'list_results',
-           'findings_of', 'reproduce', 'summary', 'shown', 'baseline_card', 'pack']
+           'Step', 'plan', 'told', 'show_plan', 'gpus_of', 'show_results', 'Inline', 'default_jobs', 'workers',
+           'run_steps', 'markdown', 'write_finding', 'facts', 'artifacts', 'html_page', 'page', 'missing',
+           'told_missing', 'with_data', 'chosen_results', 'list_results', 'findings_of', 'reproduce', 'summary',
+           'shown', 'baseline_card', 'pack']
 
 # %% ../nbs/16_reproduction.ipynb #10c67e9f
-import base64, html, io, json, os, platform, re, signal, tempfile, time
+import base64, html, io, json, os, platform, re, signal, sys, tempfile, time
 from concurrent.futures import BrokenExecutor, Executor, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,9 +35,10 @@ from .bench import forward_flops
 from .conditioning import GENERATORS
 from .dcface import save_beside
 from .experiments import Profile, Study, default_device, in_order, parts
+from .paper_data import Found
 from .pipeline import untrained_pipeline
 from .procfaces import world_faces
-from .images import decode_image, encode_image, write_whole
+from .images import write_whole
 from .jobs import attempt, Cluster, device_name, gpu_shares, Jobs
 from .synthesis import draw
 
@@ -122,10 +124,8 @@ def _seconds(call, units:int, precision:str="no")->float:
     return (time.perf_counter() - start) / units
 
 def _source_seconds(profile:Profile, n:int)->float:
-    "Seconds to get one training image: rendering it, or decoding it where the profile reads the paper's data."
-    if not profile.missing: return _seconds(lambda: world_faces("casia", n, 1, profile.size), n)
-    face = encode_image(torch.randint(256, (3, profile.size, profile.size), dtype=torch.uint8), "jpg")
-    return _seconds(lambda: [decode_image(face, "noise") for _ in range(n)], n)
+    "Seconds to render one image; nothing is rendered where the profile reads the user's files."
+    return 0. if profile.real else _seconds(lambda: world_faces("casia", n, 1, profile.size), n)
 
 def measured_rates(profile:Profile, threads:int)->dict[str, float]:
     "Seconds per image of getting it, embedding, training a recogniser, denoising, training the generator: a first guess."
@@ -196,12 +196,18 @@ def show_plan(steps:list[Step])->str:
         lines.append(f"  {first:72} " + (f"{todo} to do, about {told(seconds)}".replace("about no", "hardly any") if todo else "in the cache"))
     return "\n".join(lines)
 
-def show_results(study:Study, results:list[Result], steps:list[Step])->str:
+def gpus_of(bench:tuple, cluster:Cluster|None=None)->int: # bench: JSON files of `cemiface bench`, or none
+    "How many GPUs a step of the plan holds."
+    if bench: return int(any(json.loads(Path(f).read_text()).get("machine", {}).get("gpu", "none") != "none" for f in bench))
+    return cluster.gpus if cluster else int(default_device() == "cuda")
+
+def show_results(study:Study, results:list[Result], steps:list[Step], gpus:int=0)->str: # gpus: that a step holds, to count in their hours
     "Time of each result: alone, and after those before it, with which it shares tasks."
-    seconds, seen, lines = {s.task.infra.uid(): s.seconds for s in steps}, set(), [f"  {'':72} {'alone':>8} {'added':>8}"]
+    seconds, seen, lines = {s.task.infra.uid(): s.seconds for s in steps}, set(), [f"  {'GPU-hours of each result' if gpus else '':72} {'alone':>8} {'added':>8}"]
+    said = (lambda s: f"{gpus * s / 3600:,.2f}" if s >= .5 else "-") if gpus else lambda s: told(s).replace("no time", "-")
     for r in results:
         uids = {t.infra.uid() for t in in_order(r.needs(study))}
-        alone, added = (told(sum(map(seconds.get, part))).replace("no time", "-") for part in (uids, uids - seen))
+        alone, added = (said(sum(map(seconds.get, part))) for part in (uids, uids - seen))
         seen |= uids
         lines.append(f"  {r.name + ': ' + r.title if len(r.name + r.title) < 70 else (r.name + ': ' + r.title)[:69] + '...':72} {alone:>8} {added:>8}")
     return "\n".join(lines)
@@ -311,10 +317,10 @@ def facts(study:Study, seconds:float, devices:list[str])->dict[str, str]:
     "What a reader has to know before believing a number."
     p = study.profile
     libraries = ", ".join(f"{n} {version(n)}" for n in ("cemiface", "torch", "diffusers", "exca"))
-    return {"profile": f"{study.name}: {p.size} px, procedural faces (benchmarks are proc-LFW and so on, not the paper's)",
+    return {"profile": f"{study.name}: {p.size} px, {study.kind}" + ("" if study.real else " (benchmarks are proc-LFW and so on, not the paper's)"),
             "seeds": f"{len(study.seeds)}; every accuracy is of the last epoch, its spread the standard deviation over seeds",
-            "recogniser and generator": "shipped with the package" if study.shipped else "trained by this run",
-            "device": "; ".join(devices), "versions": f"Python {platform.python_version()}, {libraries}", "this run took": told(seconds)}
+            "recogniser and generator": "shipped with the package" if study.shipped else "trained by this run" if not study.brought("recogniser") else f"{study.brought('recogniser').title}, and a generator trained by this run",
+            **({"files": "; ".join(map(str, study.files.used()))} if study.files.used() else {}), "device": "; ".join(devices), "versions": f"Python {platform.python_version()}, {libraries}", "this run took": told(seconds)}
 
 # %% ../nbs/16_reproduction.ipynb #59b7603d
 def artifacts(study:Study, r:Result)->pd.DataFrame: # artifact, identity
@@ -343,8 +349,29 @@ def html_page(title:str, heading:str, sub:str, about:dict[str, str], findings:di
 
 def page(study:Study, findings:dict[str, "Finding|str"], seconds:float, devices:list[str])->str:
     "The summary page of a reproduction."
-    return html_page(f"CemiFace, {study.name}", "CemiFace, reproduced", "Measured on procedural faces, beside what the paper publishes for photographs.",
+    return html_page(f"CemiFace, {study.name}", "CemiFace, reproduced", f"Measured on {study.kind}, beside what the paper publishes for photographs.",
                      facts(study, seconds, devices), findings, {n: RESULTS[n].title for n in findings}, {n: artifacts(study, RESULTS[n]) for n, f in findings.items() if isinstance(f, Finding)})
+
+# %% ../nbs/16_reproduction.ipynb #54f92378
+def missing(study:Study, results)->dict[str, list[Found]]: # name of a result: what it lacks; of those that lack something
+    "What results need of the user's files that is not there, or cannot be used."
+    found = {r.name: study.lacks(r.needs(study)) for r in results} if study.real or study.files.given else {}
+    return {name: lacks for name, lacks in found.items() if lacks}
+
+def told_missing(lacking:dict[str, list[Found]])->str:
+    "Each file once, with the results that need it."
+    files = {}
+    for name, lacks in lacking.items():
+        for f in lacks: files.setdefault(str(f), []).append(name)
+    said = lambda names: ", ".join(names[:5]) + f" and {len(names) - 5} others" * (len(names) > 5)
+    return "\n".join(["Of the files that are needed, these are not there, or cannot be used:", *(f"  {f} ({said(names)})" for f, names in files.items())])
+
+def with_data(study:Study, chosen:list[Result], lacking:dict[str, list[Found]])->list[Result]:
+    "The results that can be made. ValueError if none can."
+    able = [r for r in chosen if r.name not in lacking]
+    if able and (study.files.given or not lacking): return able
+    every = list(dict.fromkeys(str(f) for lacks in lacking.values() for f in lacks))
+    raise ValueError(f"{every[0]}{f'; and {len(every) - 1} more, listed above' * (len(every) > 1)}. --data DIR names the folder that holds them, --dry-run shows what profile {study.name} would take")
 
 # %% ../nbs/16_reproduction.ipynb #2b33422f
 CORE = ("yardstick", "table9", "table1", "figure2", "control", "figure5", "figure1", "figure7", "table11", "figure4") # the paper's claim, and what it stands on
@@ -357,13 +384,14 @@ def chosen_results(results:list[str]|None)->list[Result]: # names, "fig4" for fi
     return [known[n] for n in names]
 
 def list_results(study:Study)->str:
-    "Every result, and how much of what it needs is made."
-    lines = []
+    "Every result, how much of what it needs is made, and which of the user's files it lacks."
+    lines, lacking = [], missing(study, all_results().values())
     for r in all_results().values():
         tasks = in_order(r.needs(study))
         done = sum(t.infra.status() == "completed" for t in tasks)
-        lines.append(f"  {r.name:12} {'made' if done == len(tasks) else f'{done} of {len(tasks)} steps made' if done else 'to do':20} {r.title}")
-    return "\n".join(lines)
+        lacks = f" (lacks {', '.join(f.name for f in lacking[r.name])})" if r.name in lacking else ""
+        lines.append(f"  {r.name:12} {'made' if done == len(tasks) else f'{done} of {len(tasks)} steps made' if done else 'to do':20} {r.title}{lacks}")
+    return "\n".join([*lines, *([told_missing(lacking)] if lacking else [])])
 
 def findings_of(study:Study, chosen:list[Result], failed:dict[str, str])->dict[str, "Finding|str"]:
     "Make every result from its artifacts; one that lacks some is a sentence that names them."
@@ -392,22 +420,26 @@ def reproduce(
     dry_run:bool=False, # only say what there is to do, and for how long
     bench:tuple=(), # JSON files of `cemiface bench`, whose speeds the plan goes by
     cluster:Cluster|None=None, # run every step as a job there, `jobs` at a time
+    data:str|Path|None=None, # folder of the user's files, as `PaperData` takes it
 )->dict[str, "Finding|str"]: # each result's finding, or what is missing; results of earlier runs too
-    "Make the paper's tables and figures. ValueError for an unknown profile or result, no job, or data that is missing; SystemExit(130) on Ctrl-C."
+    "Make the paper's tables and figures, of those whose data is there. ValueError for an unknown profile or result, no job, or none whose data is there; SystemExit(130) on Ctrl-C."
     if jobs < 1: raise ValueError(f"jobs must be at least 1, not {jobs}")
     if bench: jobs = 1 # its speeds are of one process at a time
     if cluster: gpu_shares(cluster, jobs) # are there enough GPUs?
-    start, study, chosen = time.perf_counter(), Study(profile, out, seeds, from_scratch), chosen_results(results)
-    if study.profile.missing and not dry_run: raise ValueError(_refusal(study.profile, len(study.seeds)))
-    steps = plan(study, chosen, jobs, bench, cluster)
+    start, study, chosen = time.perf_counter(), Study(profile, out, seeds, from_scratch, data), chosen_results(results)
+    lacking = missing(study, chosen)
+    if lacking: say(told_missing(lacking)), sys.stdout.flush() # an error may follow
+    if not dry_run: chosen = with_data(study, chosen, lacking)
+    steps, gpus = plan(study, chosen, jobs, bench, cluster), gpus_of(bench, cluster)
     say(f"cemiface reproduce: profile {study.name} ({study.profile.size} px) on {'the machine of ' + ', '.join(map(str, bench)) if bench else cluster or default_device()}, {seeds} seed(s), {len(chosen)} results, {jobs} at a time\n"
-        f"{show_plan(steps)}\n  in all about {told(sum(s.seconds for s in steps) / jobs)}; everything is kept in {study.out/'cache'}")
-    if dry_run: return say("\n".join([show_results(study, chosen, steps), *(f"  missing: {name}" for name in study.profile.missing)])) or {}
+        f"{show_plan(steps)}\n  in all about {told(sum(s.seconds for s in steps) / jobs)}{f' ({gpus * sum(s.seconds for s in steps) / 3600:,.1f} GPU-hours)' if gpus else ''}; everything is kept in {study.out/'cache'}")
+    if dry_run: return say(show_results(study, chosen, steps, gpus)) or {}
     try: failed = run_steps(study, steps, say, progress, jobs, cluster)
     except KeyboardInterrupt as e:
         say(" ".join(["Stopped.", *e.args, "Finished steps are kept: the same command goes on from here."]))
         raise SystemExit(130) from None
     found, folder = findings_of(study, sorted(chosen + _also_there(study, chosen), key=lambda r: not r.partial), failed), study.out/study.name
+    found |= {name: "Not made: " + "; ".join(map(str, lacks)) for name, lacks in lacking.items() if name not in found}
     for name, f in found.items():
         if isinstance(f, Finding): write_finding(folder, name, f)
     seconds, devices = time.perf_counter() - start, sorted({s.device for s in steps} - {""}) or [device_name()]
@@ -421,16 +453,11 @@ def summary(found:dict, folder:Path, seconds:float, failed:dict[str, str])->str:
     if failed: lines += ["Failed steps, which the same command tries again:", *(f"  {title}: {error}" for title, error in failed.items())]
     return f"Done in {told(seconds)}.\n" + "\n".join(lines) + f"\nEverything is in {folder}: open {folder/'index.html'}"
 
-def _refusal(p:Profile, seeds:int)->str:
-    images = seeds * len(p.ms) * p.set_subjects * p.set_per_subject
-    return (f"profile {p.name} draws {images:,} images of {p.size} px and trains {seeds * (len(p.ms) + 5)} recognisers; "
-            f"it needs data that is not here: {'; '.join(p.missing)}. --dry-run shows what it would take")
-
 # %% ../nbs/16_reproduction.ipynb #f6c2ca45
 def shown(names:list[str])->dict[str, Finding]:
     "Findings for a notebook, and which profile, device and seeds they are of. Of a result that makes do with what is there, nothing is made."
-    profile, out, seeds = (os.environ.get(f"CEMIFACE_{k}", v) for k, v in dict(PROFILE="smoke", OUT="", SEEDS="1").items())
-    study, here = Study(profile, out or tempfile.mkdtemp(), int(seeds)), chosen_results(names)
+    profile, out, seeds, data = (os.environ.get(f"CEMIFACE_{k}", v) for k, v in dict(PROFILE="smoke", OUT="", SEEDS="1", DATA="").items())
+    study, here = Study(profile, out or tempfile.mkdtemp(), int(seeds), data=data or None), chosen_results(names)
     if not out: reproduce(profile, [r.name for r in here if not r.partial], study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False)
     print(f"profile {study.name}, {study.profile.size} px, {seeds} seed{'s' * (seeds != '1')}, {device_name()}")
     ready = [r for r in here if r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]

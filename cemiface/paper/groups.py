@@ -32,13 +32,14 @@ def yardstick(study:Study)->Finding:
     "Accuracy of the conditioning recogniser and of an untrained copy on the five benchmarks."
     table = pd.DataFrame(study.yardstick().run()).T.rename_axis("E_id").reset_index()
     trained, untrained = table.iloc[0, 1:], table.iloc[1, 1:]
-    return Finding(f"Trained, E_id reaches an AVG of {trained.AVG:.2f}, from {trained.drop('AVG').min():.2f} to {trained.drop('AVG').max():.2f} on the five procedural benchmarks; "
+    return Finding(f"Trained, E_id reaches an AVG of {trained.AVG:.2f}, from {trained.drop('AVG').min():.2f} to {trained.drop('AVG').max():.2f} on the five {'' if study.real else 'procedural '}benchmarks; "
                    f"untrained, it reaches {untrained.AVG:.2f}, at most {untrained.max():.2f}.", table)
 
 # %% ../../nbs/paper/20_groups.ipynb #cdf391c7
 def _ranges(study:Study)->pd.DataFrame: # one row a group
     kept = study.groups().load()
-    return group_table(kept["cos"], study.faces().load().labels, kept["groups"])
+    inside = kept["groups"] >= 0 # subjects with fewer images than groups are in none
+    return group_table(kept["cos"][inside], study.faces().load().labels[inside], kept["groups"][inside])
 
 @result("Table 9: similarity range of each group (Section B.4)", needs=lambda study: [study.groups()])
 def table9(study:Study)->Finding:
@@ -50,7 +51,8 @@ def table9(study:Study)->Finding:
     there = (-paper.diff()).idxmax()
     text = (f"Mean similarity to the centre falls from {first:.2f} in the first group to {last:.2f} in the last (paper: {paper.iloc[0]:.2f} to {paper.iloc[4]:.2f}). "
             f"The largest step is between groups {drop.idxmax() - 1} and {drop.idxmax()} (paper: {there - 1} and {there}). "
-            "Centres are the rows of the classification weight of the recogniser that conditions the generator.")
+            f"Centres are the {study.recogniser().run().get('centres', 'rows of the classification weight')} of the recogniser that conditions the generator.")
+    if left_out := study.groups().run().get("left_out", 0): text += f" {left_out:,} images of subjects with fewer than five are in no group."
     return Finding(text, table)
 
 # %% ../../nbs/paper/20_groups.ipynb #6382a9cc
@@ -86,15 +88,17 @@ def table1(study:Study)->Finding:
 def figure2(study:Study, subjects:int=3)->Finding:
     "Images of the same subjects in every group, with their cosine to the subject's centre."
     kept, faces = study.groups().load(), study.faces().load()
-    fig = plot_groups(faces.images, kept["cos"], faces.labels, kept["groups"], range(subjects))
+    shown = faces.labels[kept["groups"] >= 0].unique()[:subjects].tolist()
+    fig = plot_groups(faces.images, kept["cos"], faces.labels, kept["groups"], shown)
     plt.close(fig)
     first, last = (kept["cos"][kept["groups"] == g].mean() for g in (0, 4))
     return Finding(f"Mean cosine to the centre is {first:.2f} in the most similar group and {last:.2f} in the least similar. "
-                   f"A row shows one of {subjects} subjects, a block one group, each image with its cosine. {_what_moves(study)}", figure=fig)
+                   f"A row shows one of {subjects} subjects, a block one group, each image with its cosine. {_what_moves(study)}".strip(), figure=fig)
 
 def _what_moves(study:Study, top:int=3)->str:
-    "The nuisance factors that the cosine depends on most, by rank correlation within the whole set."
+    "The nuisance factors that the cosine depends on most, by rank correlation within the whole set; nothing where they are not known."
     cos, factors = pd.Series(study.groups().load()["cos"].numpy()), study.faces().load().factors
+    if not factors: return ""
     table = pd.DataFrame(factors["nuisance"].numpy(), columns=NUISANCE)
     table = table.loc[:, table.nunique() > 1]
     away = (table - table.mean()).abs() # a pose is as far to the left as to the right

@@ -40,17 +40,17 @@ def control(study:Study)->Finding:
     plt.close(fig)
     ours, other = curves.values()
     table = ours.table.assign(second_mean=other.table["mean"], second_std=other.table["std"]).sort_index(ascending=False).reset_index()
-    text = _obedience(ours, study.control().count, study.inquiries().run()["threshold"])
+    text = _obedience(ours, study.control().count, study.inquiries().run()["threshold"], study.inquiries().filter)
     return Finding(f"{text} {_under_another(other, **scale[JUDGES['second']])}", table, fig)
 
-def _obedience(curve:ControlCurve, inquiries:int, threshold:float)->str:
+def _obedience(curve:ControlCurve, inquiries:int, threshold:float, filter=None)->str: # filter: the recogniser that chose the inquiries, if it is another
     "Monotone or not, the range, the paper's number beside it."
     mean, low, high = curve.table["mean"], curve.table.index.min(), curve.table.index.max()
     obeys = "rises with every step of m" if mean.is_monotonic_increasing else "does not rise with every step of m"
     zero, there = curve.table.loc[0.0], published("table7").set_index("method").loc["CemiFace"]
     return (f"Over {inquiries} unseen inquiries the mean achieved cosine {obeys} (Spearman {curve.spearman:.2f}) and differs by {curve.span:.2f} between m = {high:g} and m = {low:g}. "
             f"At m = 0 it is {zero['mean']:.2f} with a standard deviation of {zero['std']:.2f} over images; the paper (Table 7) reports {there.avg_sim / 100:.3f} and {there['std'] / 100:.3f} for its set. "
-            f"Every two inquiries have a cosine below {threshold:.1f} under this recogniser (paper: 0.3 under a larger one).")
+            f"Every two inquiries have a cosine below {threshold:.1f} under {filter.title if filter else 'this recogniser'} (paper: 0.3 under a larger one).")
 
 def _under_another(curve:ControlCurve, **scale)->str:
     "The same under a recogniser that was not in the loss, and that recogniser's scale."
@@ -119,7 +119,7 @@ def figure7(study:Study)->Finding:
 
 # %% ../../nbs/paper/21_impact_of_m.ipynb #96c588c1
 def _runs(study:Study)->dict: # m -> its task of each seed
-    return {m: [study.set_training(m, s) for s in study.seeds] for m in study.profile.ms}
+    return {m: [study.curve_training(m, s) for s in study.seeds] for m in study.profile.ms}
 
 def _measured(study:Study)->pd.DataFrame: # one row an m
     table = over_seeds({m: [t.run() for t in ts] for m, ts in _runs(study).items()})
@@ -149,7 +149,7 @@ def table11(study:Study)->Finding:
     table = beside(measured, "table11", on="m", columns={c: c.removeprefix("proc-") for c in names})
     table = table.drop(columns=[f"{c} difference" for c in names])
     table.insert(table.columns.get_loc("AVG") + 1, "AVG_sd", measured.AVG_sd)
-    size = (f"Each set has {p.set_subjects} subjects of {p.set_per_subject} images, and {p.oversample} copies of each inquiry; the paper's have 10,000 of 10. "
+    size = (f"Each set has {p.set_subjects} subjects of {study.curve} images, and {p.oversample} copies of each inquiry; the paper's have 10,000 of 10. "
             f"Its row at m = 0.8 repeats that of m = -1 digit for digit and is left out as a misprint.")
     whole = study.real_training().run()
     real = f"The same network trained on the real set ({whole['subjects']} subjects, {whole['images']} images; one seed) reaches {whole['accuracy']['AVG']:.2f}."
@@ -163,7 +163,7 @@ def figure4(study:Study)->Finding:
     measured, paper = _measured(study), trusted("table11").sort_values("m")
     peak, measured = measured.loc[measured.AVG.idxmax()], measured.sort_values("m")
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.3))
-    for ax, table, title in ((axes[0], measured, f"measured on procedural benchmarks, profile {study.profile.name}"), (axes[1], paper, "published, on photographs")):
+    for ax, table, title in ((axes[0], measured, f"measured{'' if study.real else ' on procedural benchmarks'}, profile {study.profile.name}"), (axes[1], paper, "published, on photographs")):
         for k, c in enumerate(c for c in table if c not in ("m", "AVG", "AVG_sd")):
             ax.plot(table.m, table[c], lw=.9, color=f"C{k + 1}", alpha=.8, label=c.removeprefix("proc-"))
         ax.plot(table.m, table.AVG, "o-", color="black", ms=3.5, lw=2, label="AVG")
@@ -179,4 +179,4 @@ def figure4(study:Study)->Finding:
         "has its best value inside the range, as in the paper, but not by more than the spread over seeds"
     return Finding(f"From m = 1 to m = -1 the measured AVG {shape}. Its best, {peak.AVG:.2f} at m = {peak.m:g}, is {peak.AVG - high.AVG:.2f} points above m = {high.m:g} "
                    f"and {peak.AVG - low.AVG:.2f} above m = {low.m:g}; in the paper m = 0 is {there[0.] - there[1.]:.2f} above m = 1 and {there[0.] - there[-1.]:.2f} above m = -1. "
-                   f"The axes differ: procedural benchmarks on the left, photographs on the right.", figure=fig)
+                   f"{'Both are on the same benchmarks.' if study.real else 'The axes differ: procedural benchmarks on the left, photographs on the right.'}", figure=fig)

@@ -74,6 +74,7 @@ def figure6(study:Study, rows:int=2)->Finding:
 CHALLENGES = ("clear", "blurred", "occluded", "turned", "painted")
 def _samples8(study:Study)->dict: # challenge -> samples at m = 0, of the same people from the same noise
     n = min(100, study.profile.inquiries)
+    if study.real: n = min(n, *(study.files[w].subjects or n for w in CHALLENGES))
     return {w: study.samples(n, 3, (0.,), study.inquiries(w, every=n)) for w in CHALLENGES}
 
 def sharpness(images:Tensor, # uint8 [...,3,S,S]

@@ -57,13 +57,13 @@ def settings_text(table:pd.DataFrame, n:int)->str: # n: seeds
 
 # %% ../../nbs/paper/22_settings.ipynb #a66c645e
 @figure_style()
-def plot_settings(table:pd.DataFrame)->Figure:
+def plot_settings(table:pd.DataFrame, real:bool=False)->Figure: # real: measured on photographs
     "AVG of each setting: measured with its spread, and as published."
     y, height = np.arange(len(table))[::-1], 1.1 + .3 * len(table)
     fig, (ours, theirs) = plt.subplots(1, 2, figsize=(8.2, height), sharey=True)
     ours.errorbar(table.AVG, y, xerr=table.AVG_sd.fillna(0), fmt="o", color="black", capsize=3)
     theirs.plot(table["AVG published"], y, "s", color="C0")
-    ours.set(yticks=y, yticklabels=table.setting, title="measured, procedural benchmarks", xlabel="AVG, percent"), theirs.set(title="published, photographs", xlabel="AVG, percent")
+    ours.set(yticks=y, yticklabels=table.setting, title="measured" if real else "measured, procedural benchmarks", xlabel="AVG, percent"), theirs.set(title="published, photographs", xlabel="AVG, percent")
     plt.close(fig)
     return fig
 
@@ -76,7 +76,7 @@ def ablation(name:str, # of a published table
     "Register a table of settings as a result."
     def make(study:Study)->Finding:
         table = settings_table({k: [t.run() for t in tasks] for k, tasks in rows(study).items()}, trusted(name).AVG.iloc[printed].tolist())
-        return Finding(f"{settings_text(table, len(study.seeds))} {note(study)}".strip(), table, plot_settings(table))
+        return Finding(f"{settings_text(table, len(study.seeds))} {note(study)}".strip(), table, plot_settings(table, study.real))
     make.__name__, make.__doc__ = name, f"{title}: AVG of every setting, beside the paper."
     return result(title, needs=lambda study: [t for tasks in rows(study).values() for t in tasks])(make)
 
