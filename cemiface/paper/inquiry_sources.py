@@ -116,6 +116,9 @@ def figure8(study:Study)->Finding:
     "Clear, blurred, occluded, turned and painted photos of the same people, and what is drawn from them."
     kept = {w: t.load() for w, t in _samples8(study).items()}
     table, n = challenge_table(kept), len(kept["clear"]["inquiry"])
+    if study.real: # other people in every folder: only what needs no clear photo of the same person
+        table = table[["challenge", "achieved", "sharpness"]]
+        return Finding(f"At m = 0 images have a cosine to their inquiry of {', '.join(f'{r.achieved:.2f} if it is {r.challenge}' for r in table.itertuples())} (means over {n} people, others for each challenge).", table, plot_challenges(kept))
     worst, others = table.loc[table["person kept"].idxmin()], table[table.challenge != "clear"]
     each = ", ".join(f"{r['person kept']:.2f} if it is {r.challenge} ({r.lost:+.2f} ± {r['lost ±']:.2f})" for _, r in others.iterrows())
     sharp = ", ".join(f"{100 * r.sharpness:.0f}% ({r.challenge})" for r in others.itertuples())
