@@ -137,6 +137,15 @@ def test_readme_keeps_visible_code_and_drops_hidden(tmp_path):
     assert text.endswith("```python\nprint(2)\n```\n\n```\n2\n```\n")
 
 
+def test_readme_embeds_what_a_notebook_put_out(tmp_path):
+    cell = dict(cell_type="code", source="#| label: truth\n40 + 2", outputs=[dict(output_type="execute_result", data={"text/plain": "x", "text/markdown": "**42**"})])
+    (tmp_path / "book.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="code", source="#| label: other\n1", outputs=[]), cell])))
+    (tmp_path / "index.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="markdown", source="# T"), dict(cell_type="markdown", source="It is\n\n{{< embed book.ipynb#truth >}}\n\nindeed.")])))
+    assert readme(tmp_path / "index.ipynb").endswith("It is\n\n**42**\n\nindeed.\n")
+    (tmp_path / "index.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="markdown", source="{{< embed book.ipynb#other >}}")])))
+    with pytest.raises(SystemExit, match="label other"): readme(tmp_path / "index.ipynb")
+
+
 # --- package
 
 def test_settings(settings):
