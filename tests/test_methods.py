@@ -65,6 +65,9 @@ def test_table7_by_hand(made):
         row = table.loc[(name, "measured")]
         assert row.avg_sim == pytest.approx(100 * np.mean(cos), abs=1e-3) and row["std"] == pytest.approx(100 * np.std(cos), abs=1e-3)
         means = pd.Series(cos).groupby(kept["labels"].tolist()).mean()
+        by_subject = [kept["emb"][kept["labels"] == i].double().numpy() for i in range(int(kept["labels"].max()) + 1)]
+        assert row.scatter == pytest.approx(sum(((e - e.mean(0))**2).sum() for e in by_subject) / (len(cos) - len(by_subject)), rel=1e-5)
+        assert row["common shift"] == pytest.approx((np.mean([e.mean(0) - inquiry[i].double().numpy() for i, e in enumerate(by_subject)], 0)**2).sum(), rel=1e-5)
         assert row["below 0"] == pytest.approx(100 * (means < 0).mean()) and row["0.1-0.2"] == pytest.approx(100 * ((means >= .1) & (means < .2)).mean())
     there = table.loc[("CemiFace", "published")]
     assert there.avg_sim == 28.54 and there["0.3-0.4"] == pytest.approx(100 * 4539 / 9996)
