@@ -38,7 +38,7 @@ NEEDED = dict( # name: what it is, where one gets it
     flickr_1shot=("inquiries, one image a person from Flickr", _FLICKR),
     ddpm=("inquiries, faces of a diffusion model without condition", "DCFace's repository, stage1/unconditional_generation"),
     digiface=("DigiFace-1M, rendered faces: inquiries, and a set of Table 12", "Microsoft's DigiFace1M repository"),
-    **{kind: (f"inquiries of Figure 8, {kind} photos of the same people in the same order", "your own choice of photos, aligned") for kind in ("clear", "blurred", "occluded", "turned", "painted")},
+    **{kind: (f"inquiries of Figure 8, {kind} photos", "your own choice of photos, aligned") for kind in ("clear", "blurred", "occluded", "turned", "painted")},
     lfw=("LFW, 6,000 pairs", _ZOO), cfp_fp=("CFP-FP, 7,000 pairs", _ZOO), agedb_30=("AgeDB-30, 6,000 pairs", _ZOO),
     calfw=("CALFW, 6,000 pairs", _ZOO), cplfw=("CPLFW, 6,000 pairs", _ZOO))
 BINS = {"LFW": "lfw", "CFP-FP": "cfp_fp", "AgeDB": "agedb_30", "CALFW": "calfw", "CPLFW": "cplfw"} # the paper's names: InsightFace's
