@@ -61,8 +61,8 @@ def read_tensors(
     path = Path(file)
     if not path.is_file(): raise FileNotFoundError(f"there is no file {path}: check the path")
     try: data = load_file(path) if path.suffix == ".safetensors" else load_inert(path)
-    except OSError: raise
-    except Exception as e:
+    except PermissionError: raise
+    except Exception as e: # torch raises OSError for a truncated file, without its name
         if code := re.search(r"GLOBAL (.+?) ", str(e)):
             raise ValueError(f"{path} holds more than tensors ({code[1]}), which may run code, and is refused: "
                              "where it was made, save its tensors alone, torch.save(model.state_dict(), FILE)") from None
