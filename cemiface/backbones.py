@@ -133,7 +133,7 @@ def backbone(
     "A backbone by name, with fresh weights. ValueError for an unknown name."
     if name not in BACKBONES: raise ValueError(f"no backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     depth, se = BACKBONES[name]
-    return IResNet(depth, se, size, width, emb_dim, dropout)
+    return IResNet(depth=depth, se=se, size=size, width=width, emb_dim=emb_dim, dropout=dropout) # by name: `from_config` takes what comes by position for defaults
 
 # %% ../nbs/04_backbones.ipynb #faa0f828
 def folded(

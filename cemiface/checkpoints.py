@@ -111,8 +111,8 @@ class Layout:
     def network(self)->IResNet:
         "The network, without weights."
         with torch.device("meta"):
-            return IResNet(self.depth, self.se, self.size, self.width, self.emb_dim, dropout=.4 if self.code == "AdaFace" else 0.,
-                           shortcut="pool" if self.code == "AdaFace" else "conv")
+            return IResNet(depth=self.depth, se=self.se, size=self.size, width=self.width, emb_dim=self.emb_dim,
+                           dropout=.4 if self.code == "AdaFace" else 0., shortcut="pool" if self.code == "AdaFace" else "conv")
 
 # %% ../nbs/06_checkpoints.ipynb #e9b824df
 def recognise(

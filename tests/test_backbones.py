@@ -41,6 +41,12 @@ def test_every_name_is_a_network():
         assert (config.depth, config.se, config.size, config.width, config.shortcut) == (depth, se, 112, 64, "conv")
 
 
+def test_a_network_can_be_built_again_from_its_settings():
+    net = backbone("irse18", 32, 4, 8, .1)
+    again = IResNet.from_config(net.config)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()} and again.config.dropout == .1
+
+
 def test_flops_of_a_network_are_those_of_its_layers():
     "Twice the products of each convolution and linear map, summed over the layers that ran."
     net, count = IResNet(18, se=True, size=32, width=4, emb_dim=8).eval(), []
