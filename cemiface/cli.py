@@ -60,6 +60,7 @@ def reproduce(
     Example: cemiface reproduce --all --profile paper --dry-run
 
     Example: cemiface reproduce --all --profile gpu --cluster slurm --partition gpu --gpus 1 --time 120 --jobs 16
+
     Example: cemiface reproduce table1 --profile paper --data my_data
     """
     from cemiface import experiments, reproduction

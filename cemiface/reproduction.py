@@ -390,7 +390,7 @@ def list_results(study:Study)->str:
         tasks = in_order(r.needs(study))
         done = sum(t.infra.status() == "completed" for t in tasks)
         lacks = f" (lacks {', '.join(f.name for f in lacking[r.name])})" if r.name in lacking else ""
-        lines.append(f"  {r.name:12} {'made' if done == len(tasks) else f'{done} of {len(tasks)} steps made' if done else 'to do':20} {r.title}{lacks}")
+        lines.append(f"  {r.name:22} {'made' if done == len(tasks) else f'{done} of {len(tasks)} steps made' if done else 'to do':20} {r.title}{lacks}")
     return "\n".join([*lines, *([told_missing(lacking)] if lacking else [])])
 
 def findings_of(study:Study, chosen:list[Result], failed:dict[str, str])->dict[str, "Finding|str"]:

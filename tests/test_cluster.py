@@ -166,6 +166,7 @@ def test_jobs_of_this_machine_end_with_what_gave_them(tmp_path):
     run.kill()
     run.communicate()
     wait_until(lambda: has_stopped(tmp_path))
+    assert progress(tmp_path) > 0 and has_stopped(tmp_path)  # it ran, and goes on no more
 
 
 # --- the graph
