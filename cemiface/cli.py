@@ -109,11 +109,11 @@ def _inquiries(source:str, size:int, subjects:int|None, seed:int):
     "One image a subject; a folder that holds images itself is a set of inquiries, one each; a .npy file holds their embeddings."
     import numpy as np
     import torch
+    from cemiface.audit import read_arrays
     from cemiface.data import FaceSet
     from cemiface.images import images_in, read_image
     if source.endswith(".npy"):
-        try: emb = np.load(source, allow_pickle=False)
-        except (ValueError, EOFError) as e: raise ValueError(f"{source} holds no array of numbers ({e}): write one with numpy.save, one embedding a row") from e
+        emb = np.asarray(read_arrays(source))
         if emb.ndim != 2 or not len(emb) or emb.dtype.kind != "f": raise ValueError(f"{source} has the shape {emb.shape} of {emb.dtype}: give one embedding a row, [N,D], of floats")
         return torch.from_numpy(emb[:subjects].astype(np.float32))
     flat = [] if source.startswith("proc:") or not Path(source).is_dir() else images_in(Path(source))

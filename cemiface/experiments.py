@@ -361,7 +361,7 @@ class Yardstick(BaseModel):
         trained, _ = self.recogniser.load()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            untrained = type(trained)(**{k: v for k, v in trained.config.items() if not k.startswith("_")}).to(default_device()).eval()
+            untrained = type(trained).from_config(trained.config).to(default_device()).eval()
         sets = self.benchmarks.load()
         return {k: evaluate(net, sets)["accuracy"].astype(float).to_dict() for k, net in (("trained", trained), ("untrained", untrained))}
 

@@ -54,7 +54,7 @@ def template_images(emb:Tensor, labels:Tensor, other:Tensor, other_labels:Tensor
 
 def person_sums(x:Tensor, labels:Tensor)->Tensor: # [N,F], int64 [N] -> [S,F]
     "Sum of every subject's rows."
-    return torch.zeros(int(labels.max()) + 1, x.shape[1]).index_add_(0, labels, x)
+    return x.new_zeros(int(labels.max()) + 1, x.shape[1]).index_add_(0, labels, x)
 
 # %% ../nbs/14_leakage.ipynb #abac95a0
 @dataclass(frozen=True)

@@ -458,7 +458,8 @@ def shown(names:list[str])->dict[str, Finding]:
     "Findings for a notebook, and which profile, device and seeds they are of. Of a result that makes do with what is there, nothing is made."
     profile, out, seeds, data = (os.environ.get(f"CEMIFACE_{k}", v) for k, v in dict(PROFILE="smoke", OUT="", SEEDS="1", DATA="").items())
     study, here = Study(profile, out or tempfile.mkdtemp(), int(seeds), data=data or None), chosen_results(names)
-    if not out: reproduce(profile, [r.name for r in here if not r.partial], study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False)
+    made = [r.name for r in here if not r.partial]
+    if made and not out: reproduce(profile, made, study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False, data=data or None)
     print(f"profile {study.name}, {study.profile.size} px, {seeds} seed{'s' * (seeds != '1')}, {device_name()}")
     ready = [r for r in here if r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
     lacking = {r.name: Finding(f"Not made yet at this profile: cemiface reproduce {r.name} --profile {study.name} makes it; add --dry-run to see how long that takes.") for r in here if r not in ready}

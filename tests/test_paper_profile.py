@@ -19,6 +19,7 @@ from cemiface.cli import app
 from cemiface.conditioning import GENERATORS
 from cemiface.experiments import PROFILES, Study, in_order
 from cemiface.images import encode_image, read_image
+from cemiface.paper.inquiry_sources import CHALLENGES
 from cemiface.paper.methods import first_images, published_row
 from cemiface.pairs import open_pairs, write_bin
 from cemiface.procfaces import BENCHMARKS, WORLDS, benchmark_pairs, world_faces
@@ -27,7 +28,7 @@ from cemiface.recordio import RecordWriter
 from cemiface.reproduction import RESULTS, Finding, all_results, chosen_results, missing, plan, reproduce
 from cemiface.verification import evaluate
 
-NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "table6", "table13"]
+NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "table6", "table13", "figure8"]
 COUNTS = [3, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7] # images of each subject of casia
 BINS = dict(zip(BENCHMARKS, ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")))
 TINY = GENERATORS["paper"].model_copy(update=dict(block_out_channels=(8, 8, 8, 8, 16), layers_per_block=(1,) * 5, norm_groups=4, head_dim=8, sim_dim=16, cond_dim=16))
@@ -62,6 +63,8 @@ def write_layout(root):
     with RecordWriter(root / "casia") as record:
         for label, n in enumerate(COUNTS):
             for image in faces[label, :n]: record.add(encode_image(image, "jpg"), label)
+    for kind, n in zip(CHALLENGES, (2, 3, 4, 5, 6)): # as many photos as somebody has found
+        write_folder(root / kind, large(world_faces(kind, n, 1, 28).images), range(n))
     (root / "webface_1shot").mkdir()
     for k, image in enumerate(large(world_faces("webface_1shot", 26, 1, 28).images)): (root / "webface_1shot" / f"{k}.jpg").write_bytes(encode_image(image, "jpg"))
     for name, file in BINS.items():
@@ -111,6 +114,12 @@ def test_nothing_real_is_called_procedural(made):
     assert {"LFW", "LFW published", "AVG", "AVG published"} <= set(found["table1"].table) and "proc" not in " ".join(found["table11"].table)
     measured = found["figure4"].figure.axes[0]
     assert measured.get_title() == "measured, profile paper" and "same benchmarks" in found["figure4"].text
+
+
+def test_challenging_photos_of_other_people_are_measured_by_what_needs_no_clear_photo(made):
+    table = made[0]["figure8"].table
+    assert table.challenge.tolist() == [*CHALLENGES] and [*table] == ["challenge", "achieved", "sharpness"] and table.sharpness[0] == 1
+    assert "2 people" in made[0]["figure8"].text and len(made[0]["figure8"].figure.axes) == 2
 
 
 def test_accuracies_are_those_of_the_files(made, data):

@@ -101,8 +101,9 @@ def challenge_table(kept:dict, # challenge -> samples as `Samples.load` gives th
 def plot_challenges(kept:dict, # challenge -> samples
                     people:int=3)->Figure:
     "A row a challenge, a block a person: the inquiry, then images from the same noise down a column."
-    fig, axes = plt.subplots(1, people, figsize=(8.4, 8.4 / people * len(kept) / 4.1))
-    for p, ax in enumerate(axes):
+    people = min(people, len(kept["clear"]["inquiry"]))
+    fig, axes = plt.subplots(1, people, figsize=(8.4, 8.4 / people * len(kept) / 4.1), squeeze=False)
+    for p, ax in enumerate(axes[0]):
         sheet = contact_sheet(torch.stack([torch.cat([v["inquiry"][p][None], v["images"][0, p]]) for v in kept.values()]))
         S, C = kept["clear"]["images"].shape[-1], kept["clear"]["images"].shape[2] + 1
         ax.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-
 from torch import Tensor
 
 from ..audit import BUCKETS, achieved_similarity, frechet_distance
 from ..experiments import Study
 from ..groups import cos_to_centre
+from ..leakage import person_means
 from .impact_of_m import achieved
 from .settings import margin
 from ..published import published
@@ -29,7 +29,6 @@ from ..style import figure_style
 
 # %% ../../nbs/paper/24_methods.ipynb #dbf0f26b
 METHODS = {"CemiFace": 0., "DCFace": None} # the m that its sets are drawn at
-
 
 def answer(gap:float, # measured difference
            spread:float, # what it has to exceed; NaN if unknown
@@ -48,9 +47,7 @@ def subject_means(kept:dict, # emb [N,D], labels [N]
                   inquiry:Tensor, # [S,D]
                   )->Tensor: # [S] float64
     "Mean cosine of each subject's images to its inquiry."
-    cos = cos_to_centre(kept["emb"], kept["labels"], inquiry).double()
-    total = torch.zeros(len(inquiry), dtype=torch.float64).index_add(0, kept["labels"], cos)
-    return total / kept["labels"].bincount(minlength=len(inquiry))
+    return person_means(cos_to_centre(kept["emb"], kept["labels"], inquiry).double()[:, None], kept["labels"])[:, 0]
 
 # %% ../../nbs/paper/24_methods.ipynb #3151f5a5
 def scatter_and_shift(kept:dict, # emb [N,D], unit length; labels [N]
@@ -58,7 +55,7 @@ def scatter_and_shift(kept:dict, # emb [N,D], unit length; labels [N]
                       )->tuple[float, float]: # squared distances
     "How far a subject's images scatter around their mean, and how far all means have moved together."
     emb, y = kept["emb"].double(), kept["labels"]
-    means = torch.zeros(len(inquiry), emb.shape[1], dtype=torch.float64).index_add(0, y, emb) / y.bincount(minlength=len(inquiry))[:, None]
+    means = person_means(emb, y)
     return ((emb - means[y]).square().sum() / (len(emb) - len(inquiry))).item(), (means - inquiry).mean(0).square().sum().item()
 
 # %% ../../nbs/paper/24_methods.ipynb #d87f6db0
