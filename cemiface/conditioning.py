@@ -85,7 +85,7 @@ GENERATORS = dict(
         head_dim=16, norm_groups=8, sim_dim=64, cond_dim=32, tokens=4),
     laptop=GeneratorConfig(size=32, block_out_channels=(16, 32, 64, 128), layers_per_block=(1, 1, 1, 1),
         attention=(False, False, True, True), head_dim=32, norm_groups=8, sim_dim=512, cond_dim=128, tokens=4),
-    gpu=GeneratorConfig(size=64, block_out_channels=(96, 192, 256, 320), layers_per_block=(1, 1, 1, 1),
+    gpu=GeneratorConfig(size=64, block_out_channels=(64, 96, 128, 256), layers_per_block=(1, 1, 1, 1),
         attention=(False, False, True, True), head_dim=64, sim_dim=512, cond_dim=512, tokens=4),
     paper=GeneratorConfig(size=112, block_out_channels=(128, 128, 256, 256, 512), layers_per_block=(1, 1, 1, 1, 3),
         attention=(False, False, False, False, True)))

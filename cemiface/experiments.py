@@ -80,12 +80,12 @@ SIZES = dict(
                set_per_subject=6, oversample=2, steps=4, ms=(1.0, 0.0, -1.0), control_ms=SEVEN),
     laptop=dict(size=32, train_subjects=3000, subjects=300, per_subject=20, pairs=600, inquiries=200, candidates=600, set_subjects=120,
                 set_per_subject=10, oversample=5, steps=10, ms=SEVEN, control_ms=SEVEN),
-    gpu=dict(size=64, train_subjects=4000, subjects=2000, per_subject=50, pairs=3000, inquiries=1000, candidates=3000, set_subjects=1000,
-             set_per_subject=20, oversample=5, steps=20, ms=tuple(round(1 - .1 * i, 1) for i in range(21)), control_ms=SEVEN),
+    gpu=dict(size=64, train_subjects=3000, subjects=1000, per_subject=40, pairs=2000, inquiries=400, candidates=1200, set_subjects=400,
+             set_per_subject=10, oversample=5, steps=10, ms=tuple(round(1 - .2 * i, 1) for i in range(11)), control_ms=SEVEN),
     paper=dict(size=112, train_subjects=10572, subjects=10572, per_subject=46, pairs=6000, inquiries=10000, candidates=30000, set_subjects=10000,
                set_per_subject=50, curve_per_subject=10, oversample=5, steps=20, ms=tuple(round(1 - .1 * i, 1) for i in range(21)), control_ms=SEVEN, real=True))
 FAST = dict(precision="bf16", channels_last=True)
-VARIANT_STEPS = dict(smoke=20, laptop=300, gpu=2000, paper=None)
+VARIANT_STEPS = dict(smoke=20, laptop=300, gpu=250, paper=None)
 TRAINING = dict(
     smoke=dict(teacher=dict(backbone="ir18", width=8, size=16, margin="adaface", epochs=4, batch_size=32, warmup_steps=4),
                student=dict(backbone="ir18", width=8, size=16, margin="cosface", epochs=2, batch_size=32, warmup_steps=2),
@@ -95,10 +95,10 @@ TRAINING = dict(
                 student=dict(backbone="ir18", width=8, size=32, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50),
                 simmat=dict(steps=11700, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(320/32)**2, prediction="v_prediction"),
                 dcface=dict(steps=1600, batch_size=64, lr=1e-3, warmup_steps=50, snr_scale=(320/32)**2, prediction="v_prediction")),
-    gpu=dict(teacher=dict(backbone="ir50", width=64, size=64, margin="adaface", epochs=20, batch_size=512, precision="bf16"),
-             student=dict(backbone="irse50", width=32, size=64, margin="cosface", epochs=16, batch_size=512, precision="bf16"),
-             simmat=dict(steps=20000, batch_size=256, lr=5e-4, snr_scale=(320/64)**2, prediction="v_prediction", **FAST),
-             dcface=dict(steps=8000, batch_size=256, lr=5e-4, snr_scale=(320/64)**2, prediction="v_prediction", **FAST)),
+    gpu=dict(teacher=dict(backbone="ir50", width=32, size=64, margin="adaface", epochs=6, batch_size=256, precision="bf16"),
+             student=dict(backbone="ir18", width=24, size=64, margin="cosface", epochs=12, batch_size=128, lr=.05, precision="bf16"),
+             simmat=dict(steps=8000, batch_size=128, lr=5e-4, snr_scale=(320/64)**2, prediction="v_prediction", **FAST),
+             dcface=dict(steps=2000, batch_size=128, lr=5e-4, snr_scale=(320/64)**2, prediction="v_prediction", **FAST)),
     paper=dict(teacher=dict(backbone="ir50", width=64, size=112, margin="adaface", epochs=40, batch_size=512, precision="bf16"),
                student=dict(backbone="irse50", width=64, size=112, margin="cosface", epochs=40, batch_size=512, precision="bf16"),
                simmat=dict(steps=30700, batch_size=160, **FAST),
@@ -161,10 +161,9 @@ class WorldFaces(BaseModel):
     @infra.apply
     def run(self)->dict:
         if self.source is not None: return dict(images=len(found := open_images(Path(self.source))), subjects=len(found.subjects))
-        faces = open_faces(f"proc:{self.world}", self.size, self.subjects, self.per_subject)
-        images = faces.images[torch.arange(len(faces))]
-        _keep(self, images=images, labels=faces.labels, **faces.factors)
-        return dict(images=len(faces), subjects=faces.n_subjects)
+        faces = world_faces(self.world, self.subjects, self.per_subject, self.size, device=default_device())
+        _keep(self, images=faces.images, labels=faces.labels, identity=faces.identity, nuisance=faces.nuisance)
+        return dict(images=self.count, subjects=self.subjects)
 
     def load(self)->FaceSet:
         if self.source is not None: return stored_faces(open_images(Path(self.source)), self.size, self.world)
@@ -194,7 +193,7 @@ class Benchmarks(BaseModel):
         if self.source is not None: return {name: len(whole_pairs(pairs)) for name, pairs in self.load().items()}
         kept = {}
         for name in BENCHMARKS:
-            kept[f"{name}/images"], kept[f"{name}/issame"] = benchmark_pairs(name, self.pairs, self.size)
+            kept[f"{name}/images"], kept[f"{name}/issame"] = benchmark_pairs(name, self.pairs, self.size, device=default_device())
         _keep(self, **{k: torch.as_tensor(v) for k, v in kept.items()})
         return dict(pairs=self.pairs)
 
@@ -460,7 +459,7 @@ class Inquiries(BaseModel):
     def work(self): return ("render", self.candidates) if self.source is None else ("embed", self.candidates * (2 if self.filter else 1))
 
     def images(self): # of all candidates
-        if self.source is None: return world_faces(self.world, self.candidates, 1, self.size).images
+        if self.source is None: return world_faces(self.world, self.candidates, 1, self.size, device=default_device()).images
         return stored_faces(first_of_each(open_images(Path(self.source)), self.candidates), self.size, self.world).images
 
     @infra.apply
