@@ -89,7 +89,7 @@ def say_left_out(lines:list[str]):
     "The first ten on stderr, and how many more."
     for line in lines[:10] + [f"{len(lines) - 10} more"] * (len(lines) > 10): typer.secho(f"left out: {line}", fg="yellow", err=True)
 
-def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, seed:int=0, min_per_subject:int=1, strict:bool=False)->"FaceSet":
+def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, seed:int=0, min_per_subject:int=1, strict:bool=False): # FaceSet
     "`open_faces` with sizes for a world that has no end; damaged files, and subjects with too few images, are left out and named on stderr."
     from cemiface.data import open_faces
     if source.startswith("proc:"): subjects, per_subject = subjects or 200, per_subject or 20
