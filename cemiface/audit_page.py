@@ -202,7 +202,7 @@ def variety_part(a:Audit, subjects:int=500)->Finding:
     table = look_table(images)
     real, ours = (row for _, row in table.iterrows())
     more = [k for k in LOOKS if ours[k] - real[k] > 2 * (ours[f"{k}, se"]**2 + real[f"{k}, se"]**2)**.5]
-    return Finding(f"Labels of {a.faces.name} tell {'more of the ' + ', '.join(more) if more else 'no more of the light'} than those of {a.other.name}. "
+    return Finding(f"Labels of {a.faces.name} tell {'more of ' + ', '.join(more) if more else 'no more of the light'} than those of {a.other.name}. "
                    "The share of variance that lies between subjects, with standard errors; a difference counts from twice its own. What labels tell of light, a recogniser learns in the place of people.", table, plot_looks(table))
 
 # %% ../nbs/16_audit_page.ipynb #f3de9b30

@@ -16,8 +16,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import rankdata
 from typer.testing import CliRunner
 
-from cemiface.audit import (BUCKETS, achieved_similarity, class_cosines, control_curve, draw_pairs, frechet_distance, frechet_of_moments, plot_class_cosines,
-                            plot_control, plot_tsne, read_moments, tsne_points)
+from cemiface.audit import (BUCKETS, LOOKS, achieved_similarity, class_cosines, control_curve, draw_pairs, first_rows, frechet_distance, frechet_of_moments,
+                            label_share, look_table, plot_class_cosines, plot_control, plot_tsne, read_moments, share_error, tsne_points)
 from cemiface.audit_page import PARTS, Audit, findings_of, finite_embeddings, open_generated
 from cemiface.cli import app
 from cemiface.data import FaceSet, open_faces
@@ -114,6 +114,36 @@ def test_class_cosines_of_orthogonal_subjects():
     same, different = class_cosines(emb, np.repeat(np.arange(4), 3), pairs=100)
     assert same == pytest.approx(np.ones(100)) and different == pytest.approx(np.zeros(100))
     torch.testing.assert_close(class_cosines(torch.tensor(emb), np.repeat(np.arange(4), 3), 100)[0], same)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(3, 12), st.integers(2, 8), st.floats(0, 5), st.integers(0, 10**6))
+def test_label_share_equals_sums_in_loops(S, K, apart, seed):
+    rng = np.random.default_rng(seed)
+    x = apart * rng.normal(size=(S, 1)) + rng.normal(size=(S, K))
+    between = sum(K * (x[i].mean() - x.mean()) ** 2 for i in range(S)) / (S - 1)
+    within = sum((x[i, k] - x[i].mean()) ** 2 for i in range(S) for k in range(K)) / (S * (K - 1))
+    rho = label_share(torch.tensor(x)).item()
+    assert rho == pytest.approx((between - within) / (between + (K - 1) * within)) and -1 / (K - 1) - 1e-9 <= rho <= 1
+    assert rho == pytest.approx(label_share(torch.tensor(3 - 2 * x[::-1].copy())).item())  # another scale, another order
+    left_out = [label_share(torch.tensor(np.delete(x, i, 0))).item() for i in range(S)]
+    assert share_error(torch.tensor(x)) == pytest.approx(((S - 1) ** 2 / S * np.var(left_out, ddof=1)) ** .5)
+
+
+def test_looks_of_light_that_goes_by_label():
+    g = torch.Generator().manual_seed(0)
+    anyhow = torch.randint(0, 256, (20, 6, 3, 8, 8), generator=g, dtype=torch.uint8)
+    dim, dark_left = anyhow // torch.arange(1, 21, dtype=torch.uint8).view(20, 1, 1, 1, 1), anyhow.clone()
+    dark_left[:10, ..., :4] //= 4
+    table = look_table(dict(anyhow=anyhow, dim=dim, dark_left=dark_left)).set_index("set")
+    assert table.loc["anyhow", [*LOOKS]].abs().max() < .2 and table.brightness["dim"] > .95 and table["side of the light"]["dark_left"] > .95 and abs(table["side of the light"]["dim"]) < .2
+    assert table.images.tolist() == [120] * 3
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 4))
+def test_first_rows_are_a_loop(labels, K):
+    expected = [[i for i, y in enumerate(labels) if y == s][:K] for s in range(6) if labels.count(s) >= K]
+    assert first_rows(torch.tensor(labels), K).tolist() == expected
 
 
 @settings(deadline=None, max_examples=40)
