@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUCKETS', 'LOOKS', 'achieved_similarity', 'ControlCurve', 'control_curve', 'plot_control', 'tsne_points', 'plot_tsne',
-           'draw_pairs', 'class_cosines', 'plot_class_cosines', 'first_rows', 'label_share', 'share_error', 'side',
-           'look_table', 'plot_looks', 'frechet_distance', 'read_arrays', 'read_moments', 'frechet_of_moments']
+           'draw_pairs', 'class_cosines', 'plot_class_cosines', 'first_rows', 'first_pictures', 'label_share',
+           'share_error', 'side', 'look_table', 'plot_looks', 'frechet_distance', 'read_arrays', 'read_moments',
+           'frechet_of_moments']
 
 # %% ../nbs/14_audit.ipynb #45ddc88c
 from dataclasses import dataclass
@@ -170,6 +171,14 @@ def first_rows(labels:Tensor, # int64 [N]
     order, counts = labels.argsort(stable=True), labels.bincount()
     start = (counts.cumsum(0) - counts)[counts >= K]
     return order[start[:, None] + torch.arange(K)]
+
+def first_pictures(images, # uint8 [N,3,H,W], or looked up when asked for
+                   labels:Tensor, # int64 [N]
+                   K:int, subjects:int, # at most
+                   )->Tensor: # uint8 [S,K,3,H,W]
+    "Images of `first_rows`, of the first subjects."
+    rows = first_rows(labels, K)[:subjects]
+    return images[rows.flatten()].unflatten(0, rows.shape)
 
 def label_share(x:Tensor, # [...,S,K], of K images of each of S subjects
                 )->Tensor: # [...]

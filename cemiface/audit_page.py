@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from .audit import (LOOKS, achieved_similarity, class_cosines, control_curve, first_rows, frechet_distance, frechet_of_moments, look_table,
+from .audit import (LOOKS, achieved_similarity, class_cosines, control_curve, first_pictures, frechet_distance, frechet_of_moments, look_table,
                             plot_class_cosines, plot_control, plot_looks, plot_tsne, read_moments, tsne_points)
 from .cards import SetImages
 from .data import FaceSet, choose
@@ -196,9 +196,7 @@ def variety_part(a:Audit, subjects:int=500)->Finding:
     "Do labels tell more of the light than those of real faces?"
     K = max(2, min(10, *(int(f.labels.bincount().median()) for f in (a.faces, a.other))))
     images = {}
-    for f in (a.other, a.faces):
-        rows = first_rows(f.labels, K)[:subjects]
-        images[f.name + " " * (f.name in images)] = f.images[rows.flatten()].unflatten(0, rows.shape)
+    for f in (a.other, a.faces): images[f.name + " " * (f.name in images)] = first_pictures(f.images, f.labels, K, subjects)
     table = look_table(images)
     real, ours = (row for _, row in table.iterrows())
     more = [k for k in LOOKS if ours[k] - real[k] > 2 * (ours[f"{k}, se"]**2 + real[f"{k}, se"]**2)**.5]

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..audit import BUCKETS, LOOKS, achieved_similarity, first_rows, frechet_distance, look_table, plot_looks
+from ..audit import BUCKETS, LOOKS, achieved_similarity, first_pictures, first_rows, frechet_distance, look_table, plot_looks
 from ..experiments import Study
 from ..groups import cos_to_centre
 from ..leakage import person_means
@@ -173,14 +173,10 @@ def _pictured(study:Study)->dict: # name -> task with the images of a set
 @result("Variety: what a label tells of the look of an image", needs=lambda study: [*_pictured(study).values()])
 def variety(study:Study)->Finding:
     "Intraclass correlation of brightness, contrast and side of the light, in real faces and in the sets of both methods."
-    images = {}
-    for name, task in _pictured(study).items():
-        found, labels = task.images()
-        rows = first_rows(labels, study.curve)[:min(study.profile.set_subjects, 1000)]
-        images[name] = found[rows.flatten()].unflatten(0, rows.shape)
-    table = look_table(images)
+    most = min(study.profile.set_subjects, 1000)
+    table = look_table({name: first_pictures(*task.images(), study.curve, most) for name, task in _pictured(study).items()})
     told = "; ".join(f"of {k} {', '.join(f'{v:.2f} for {name}' for name, v in zip(table['set'], table[k]))}" for k in LOOKS)
-    return Finding(f"The label tells {told} (ICC; {study.curve} images of each of up to {min(study.profile.set_subjects, 1000)} subjects). A set whose labels tell more of the light than real ones do lets a recogniser learn light in the place of people.", table, plot_looks(table))
+    return Finding(f"The label tells {told} (ICC; {study.curve} images of each of up to {most} subjects). A set whose labels tell more of the light than real ones do lets a recogniser learn light in the place of people.", table, plot_looks(table))
 
 # %% ../../nbs/paper/24_methods.ipynb #ba4e9ef7
 CONDITIONS = {"the image (Equation 5)": "image", "its subject's centre": "class_centre"}
@@ -190,18 +186,14 @@ def _conditioned(study:Study)->dict: # condition -> tasks, a seed each
     longer = dict(steps=8 * steps // 3, warmup_steps=8 * steps // 30) if steps else {}
     return {k: [study.set_training(0., seed, generator=study.variant(identity=v, **longer)) for seed in study.seeds] for k, v in CONDITIONS.items()}
 
-def _first_set(study:Study, tasks:list)->object: # task with the images and embeddings of the first seed's set
-    return study.embedded(generated=tasks[0].generated)
-
-@result("Conditioning: on the image, or on its subject's centre", needs=lambda study: [study.inquiries(), *(x for tasks in _conditioned(study).values() for x in (*tasks, _first_set(study, tasks)))])
+@result("Conditioning: on the image, or on its subject's centre", needs=lambda study: [study.inquiries(), *(x for tasks in _conditioned(study).values() for x in (*tasks, study.embedded(generated=tasks[0].generated)))])
 def conditioning(study:Study)->Finding:
     "What a recogniser learns from sets of generators conditioned on an image's embedding and on its subject's mean embedding."
     runs, n, inquiry = _conditioned(study), len(study.seeds), study.inquiries().load()["emb"][:study.profile.set_subjects]
     table = settings_table({k: [t.run() for t in tasks] for k, tasks in runs.items()}, [float("nan")] * len(runs)).filter(["setting", "AVG", "AVG_sd"])
     for i, tasks in enumerate(runs.values()):
-        (images, labels), kept = _first_set(study, tasks).images(), _first_set(study, tasks).load()
-        rows = first_rows(labels, study.curve)[:1000]
-        looks = look_table({"set": images[rows.flatten()].unflatten(0, rows.shape)}).iloc[0]
+        drawn = study.embedded(generated=tasks[0].generated)
+        kept, looks = drawn.load(), look_table({"set": first_pictures(*drawn.images(), study.curve, 1000)}).iloc[0]
         table.loc[i, ["cosine", "scatter", *LOOKS]] = [subject_means(kept, inquiry).mean().item(), scatter_and_shift(kept, inquiry)[0], *(looks[k] for k in LOOKS)]
     old, new = (row for _, row in table.iterrows())
     told = "which the seeds' spread excludes to be chance" if seen(old, new, n) else f"which is not separable with {n} seed{'s' * (n > 1)}"
