@@ -233,7 +233,7 @@ def identities(
 )->tuple[Tensor, Tensor]: # [F,R,D] L2-normalised, F=2 where mirror images have their own; int64 [N], which row of R is an image's
     "C_id of every training image, Eq. 5 or Table 8. ValueError if there is but one subject and `identity` asks for labels."
     if config.identity!="image" and faces.n_subjects<2:
-        raise ValueError(f"{faces.name} has {faces.n_subjects} subject, identity={config.identity!r} needs labels: open a labelled set, or use identity='image'")
+        raise ValueError(f"{faces.name} has {faces.n_subjects} subject, identity={config.identity!r} needs labels: open a labelled set, or condition on the image alone (identity='image', or --set identity=image)")
     some = faces.subset(torch.tensor([0])) if config.identity=="random_centre" else faces
     emb = embed_both(recogniser, some, 256, device, progress, config.flip)
     if config.identity=="image": return emb, torch.arange(len(faces), device=device)
