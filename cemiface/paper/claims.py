@@ -91,7 +91,7 @@ CLAIMS += [
     Claim("One-shot real inquiries beat challenging ones", "Table 4", _sources, versus("WebFace", "Flickr"), printed("table4", {"WebFace": 0, "Flickr": 2})),
     *(Claim(f"CemiFace beats DCFace at {v:g}M", "Table 6", lambda s, v=v: _volumes(s, ("CemiFace", v), ("DCFace", v)), versus(f"CemiFace {v:g}M"), _printed6) for v in VOLUMES),
     Claim("A larger generated set is better: 1.2M against 0.5M", "Table 6", lambda s: _volumes(s, ("CemiFace", 1.2), ("CemiFace", .5)), versus("CemiFace 1.2M"), _printed6),
-    Claim("A generator trained on more faces is better: VGGFace2 against CASIA-WebFace", "Table 4",
+    Claim("VGGFace2 is a better training set of the generator than CASIA-WebFace", "Table 4",
           lambda s: {name: from_source(s, "WebFace", generator=s.variant(world)) for name, world in (("VGGFace2", "vggface2"), ("CASIA", "casia"))}, versus("VGGFace2"),
           printed("table4", {"CASIA": 0, "VGGFace2": 6}), "procedural worlds are of one size, so that only the kind of photo differs")]
 
