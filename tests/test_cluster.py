@@ -112,7 +112,7 @@ def test_a_job_that_takes_too_long_is_ended(tmp_path, monkeypatch):
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from cemiface.jobs import Cluster, Jobs
@@ -126,6 +126,7 @@ class Works:
             time.sleep(.1)
 
 out = Path(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler) # tests that run in the background have it ignored, and would hand that on
 try:
     with Jobs(Cluster(kind=sys.argv[1]), 1, out/"jobs") as pool: print(pool.submit(None, Works(out)).result()[1] or "done")
 except KeyboardInterrupt as e: print(*e.args)
