@@ -358,7 +358,7 @@ def train_recogniser(
         trained = load_recogniser(out)
         trained.model.to(fresh_accelerator(config.precision).device)
         return trained
-    gc.collect() # a wrapped network of a training before is a cycle that holds GPU memory
+    if torch.cuda.is_available(): gc.collect() # a wrapped network of a training before is a cycle that holds GPU memory
     accelerator = fresh_accelerator(config.precision, log_with=log_with, project_dir=out)
     rank, world, device, main = accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator.is_main_process
     torch.backends.cudnn.benchmark = True # every batch has one shape
