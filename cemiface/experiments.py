@@ -86,11 +86,11 @@ SIZES = dict(
                set_per_subject=50, curve_per_subject=10, oversample=5, steps=20, ms=tuple(round(1 - .1 * i, 1) for i in range(21)), control_ms=SEVEN, real=True))
 FAST = dict(precision="bf16", channels_last=True)
 OWN = dict(prediction="v_prediction", identity="class_centre") # where the profiles of procedural faces leave the paper's method
-VARIANT_STEPS = dict(smoke=20, laptop=300, gpu=250, paper=None)
+VARIANT_STEPS = dict(smoke=10, laptop=300, gpu=250, paper=None)
 TRAINING = dict(
     smoke=dict(teacher=dict(backbone="ir18", width=8, size=16, margin="adaface", epochs=4, batch_size=32, warmup_steps=4),
                student=dict(backbone="ir18", width=8, size=16, margin="cosface", epochs=2, batch_size=32, warmup_steps=2),
-               simmat=dict(steps=60, batch_size=16, lr=2e-3, warmup_steps=10, snr_scale=(320/16)**2, **OWN),
+               simmat=dict(steps=40, batch_size=16, lr=2e-3, warmup_steps=10, snr_scale=(320/16)**2, **OWN),
                dcface=dict(steps=30, batch_size=16, lr=2e-3, warmup_steps=5, snr_scale=(320/16)**2, prediction="v_prediction")),
     laptop=dict(teacher=dict(backbone="ir18", width=16, size=32, margin="adaface", epochs=6, batch_size=128, milestones=(.6, .85), warmup_steps=300),
                 student=dict(backbone="ir18", width=8, size=32, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50),
