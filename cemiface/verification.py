@@ -171,8 +171,8 @@ def _resampled_means(values, # [N] numbers or bools
     "Means of N values drawn with replacement. ValueError on fewer than two values or on NaN."
     values = np.asarray(values, float)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all(): raise ValueError("a bootstrap needs at least two values, all finite, in one dimension")
-    rng = np.random.default_rng(seed)
-    return np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+    rng, rows = np.random.default_rng(seed), max(1, 2**16 // len(values))
+    return np.concatenate([values[rng.integers(len(values), size=(min(rows, resamples - k), len(values)))].mean(1) for k in range(0, resamples, rows)])
 
 # %% ../nbs/07_verification.ipynb #76ecfa0f
 def bootstrap_ci(values, # [N] numbers or bools, e.g. `Verification.correct`

@@ -135,6 +135,13 @@ def test_bad_input_is_named(emb, same, says):
     with pytest.raises(ValueError, match=says): verify(emb, np.array(same))
 
 
+@pytest.mark.parametrize("n", [2, 41, 7000, 70_000])
+def test_bootstrap_equals_a_plain_loop(n):
+    correct, rng = np.random.default_rng(1).random(n) < .9, np.random.default_rng(3)
+    means = [correct[rng.integers(n, size=n)].mean() for _ in range(50)]
+    assert bootstrap_ci(correct, resamples=50, seed=3) == tuple(np.quantile(means, [.025, .975]))
+
+
 def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = [low <= .9 <= high for low, high in (bootstrap_ci(rng.random(300) < .9, level=.9, resamples=200, seed=s) for s in range(200))]
