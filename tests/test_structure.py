@@ -61,7 +61,7 @@ def test_the_figure_says_the_tables_numbers():
     said = words(draw_structure(s))
     for name in ("E_id", "F1", "F2", "UNet", "time MLP"): assert s.said(name) in said
     for row in levels(s).itertuples(): assert f"{row.width}\n{row.size}²" in said
-    assert f"{SMOKE.simmat.steps} steps of 16 images" in said and "DDIM, 4 steps" in said and "from 999 to 249" in said and "101 values" in said and "[4, 32]" in said
+    assert "40 steps of 16 images" in said and "DDIM, 4 steps" in said and "from 999 to 249" in said and "101 values" in said and "[4, 32]" in said
 
 
 def test_another_configuration_another_figure(monkeypatch):
