@@ -11,6 +11,6 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def pipe(): # a generator of 16 px that has learned nothing
-    from cemiface.conditioning import GENERATORS
-    from cemiface.pipeline import untrained_pipeline
+    from cemiface.generation.conditioning import GENERATORS
+    from cemiface.generation.pipeline import untrained_pipeline
     return untrained_pipeline(GENERATORS["smoke"])

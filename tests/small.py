@@ -2,9 +2,9 @@
 import torch
 from safetensors.torch import load_file
 
-from cemiface.conditioning import GENERATORS
-from cemiface.data import FaceSet
-from cemiface.synthesis import generate_set
+from cemiface.generation.conditioning import GENERATORS
+from cemiface.data.faceset import FaceSet
+from cemiface.sets.synthesis import generate_set
 
 SIZE = GENERATORS["smoke"].size
 TINY = GENERATORS["smoke"].model_copy(update=dict(block_out_channels=(8, 16), norm_groups=4, head_dim=8))

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from cemiface import alignment
-from cemiface.alignment import align_face, align_folder, arcface_template, largest, read_landmarks, similarity_transform, yunet_detector
-from cemiface.images import encode_image, write_whole
+from cemiface.data import alignment
+from cemiface.data.alignment import align_face, align_folder, arcface_template, largest, read_landmarks, similarity_transform, yunet_detector
+from cemiface.data.images import encode_image, write_whole
 
 TEMPLATE = arcface_template()
 
@@ -117,7 +117,7 @@ def test_large_photos_are_averaged_in_the_right_place(shrink, angle):
 def test_a_face_of_a_large_photo_needs_little_memory():
     code = """if True:
         import resource, torch
-        from cemiface.alignment import align_face, arcface_template
+        from cemiface.data.alignment import align_face, arcface_template
         photo, face = torch.zeros(3, 4000, 5000, dtype=torch.uint8), arcface_template()-arcface_template().mean(0)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for scale in (.5, 4, 40, 400, 4e6): align_face(photo, face*scale+2000)
@@ -303,7 +303,7 @@ def test_a_detector_may_return_lists_or_nothing(tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from cemiface import alignment
+from cemiface.data import alignment
 alignment.os.cpu_count = lambda: 1
 root = Path(sys.argv[1])
 real = alignment.align_face

@@ -4,9 +4,9 @@ import re, subprocess, sys
 import pandas as pd
 import pytest
 
-from cemiface.experiments import Study
-from cemiface.published import published_names
-from cemiface.reproduction import all_results, list_results
+from cemiface.study.tasks import Study
+from cemiface.paper.published import published_names
+from cemiface.study.run import all_results, list_results
 
 TABLES = [f"table{i}" for i in range(1, 15)] + ["table_pretrained_loss"]
 FIGURES = [f"figure{i}" for i in range(1, 10)]

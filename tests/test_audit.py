@@ -16,16 +16,16 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import rankdata
 from typer.testing import CliRunner
 
-from cemiface.audit import (BUCKETS, LOOKS, achieved_similarity, class_cosines, control_curve, draw_pairs, first_rows, frechet_distance, frechet_of_moments,
+from cemiface.audit.similarity import (BUCKETS, LOOKS, achieved_similarity, class_cosines, control_curve, draw_pairs, first_rows, frechet_distance, frechet_of_moments,
                             label_share, look_table, plot_class_cosines, plot_control, plot_tsne, read_moments, share_error, tsne_points)
-from cemiface.audit_page import PARTS, Audit, findings_of, finite_embeddings, open_generated
-from cemiface.cli import app
-from cemiface.data import FaceSet, open_faces
-from cemiface.experiments import shipped_models
-from cemiface.images import write_folder
-from cemiface.leakage import (FMR, cut_offs, factor_table, fit_factors, leakage, least_noticed, nearest_others, rate_interval, same_cosine, template_images,
+from cemiface.audit.page import PARTS, Audit, findings_of, finite_embeddings, open_generated
+from cemiface.cli.app import app
+from cemiface.data.faceset import FaceSet, open_faces
+from cemiface.study.tasks import shipped_models
+from cemiface.data.images import write_folder
+from cemiface.audit.leakage import (FMR, cut_offs, factor_table, fit_factors, leakage, least_noticed, nearest_others, rate_interval, same_cosine, template_images,
                               templates)
-from cemiface.synthesis import generate_set
+from cemiface.sets.synthesis import generate_set
 
 
 def at_cosines(cos):

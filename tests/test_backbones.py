@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import cemiface
-from cemiface.backbones import BACKBONES, SqueezeExcite, UNITS, IResNet, backbone, forward_flops
+from cemiface.recognition.backbones import BACKBONES, SqueezeExcite, UNITS, IResNet, backbone, forward_flops
 
 torch.set_num_threads(1)
 

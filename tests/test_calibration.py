@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from cemiface.bench_generator import SAMPLERS
-from cemiface.data import to_float
-from cemiface.pipeline import identity_embedding, shipped_pipeline
-from cemiface.procfaces import world_faces
+from cemiface.bench.generator import SAMPLERS
+from cemiface.data.faceset import to_float
+from cemiface.generation.pipeline import identity_embedding, shipped_pipeline
+from cemiface.world.faces import world_faces
 
 
 @pytest.fixture(scope="module")

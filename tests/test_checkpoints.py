@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from cemiface.backbones import IResNet
-from cemiface.checkpoints import Layout, export_onnx, import_recogniser, load_checkpoint, names_in_file, read_centres, read_tensors, recognise
-from cemiface.recognition import load_recogniser
+from cemiface.recognition.backbones import IResNet
+from cemiface.recognition.checkpoints import Layout, export_onnx, import_recogniser, load_checkpoint, names_in_file, read_centres, read_tensors, recognise
+from cemiface.recognition.training import load_recogniser
 
 torch.set_num_threads(1)
 DEPTHS = {18: [2, 2, 2, 2], 50: [3, 4, 14, 3], 100: [3, 13, 30, 3]}

@@ -14,10 +14,10 @@ from PIL import Image
 from test_checkpoints import AdaFaceNet, trained
 from typer.testing import CliRunner
 
-from cemiface.cli import app
-from cemiface.pairs import open_pairs, write_bin
-from cemiface.pipeline import shipped_pipeline
-from cemiface.records import open_encoded
+from cemiface.cli.app import app
+from cemiface.data.pairs import open_pairs, write_bin
+from cemiface.generation.pipeline import shipped_pipeline
+from cemiface.data.records import open_encoded
 
 TINY = ("--backbone", "ir18", "--width", 8, "--size", 16, "--epochs", 2, "--batch-size", 16, "--lr", 0.02)
 
@@ -82,7 +82,7 @@ def test_defaults_fit_a_small_folder(folder, tmp_path, monkeypatch):
 
 
 def test_help_is_quick_and_loads_no_torch():
-    code = "import sys; from cemiface.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = "import sys; from cemiface.cli.app import app\ntry: app(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "reproduce" in done.stdout and "train-recogniser" in done.stdout
@@ -98,7 +98,7 @@ def test_verify_own_folder(folder, model, tmp_path):
 
 
 def test_each_image_of_drawn_pairs_is_embedded_once(folder, model, monkeypatch):
-    import cemiface.recognition as r
+    import cemiface.recognition.training as r
     seen, embed = [], r.embed
     monkeypatch.setattr(r, "embed", lambda net, images, *a, **k: seen.append(len(images)) or embed(net, images, *a, **k))
     ok("verify", "--model", model, "--data", folder, "--pairs", 400)
@@ -434,7 +434,7 @@ def test_read_only_output(folder):
 
 def test_full_disk(folder, tmp_path, monkeypatch):
     def full(path, data): raise OSError(28, f"could not write {path} (No space left on device): free some space")
-    monkeypatch.setattr("cemiface.images.write_whole", full)
+    monkeypatch.setattr("cemiface.data.images.write_whole", full)
     assert "No space left" in error(1, "train-recogniser", "--data", folder, "--out", tmp_path / "out", *TINY)
 
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cemiface import jobs
-from cemiface.cli import app
-from cemiface.experiments import PROFILES, Study, in_order
-from cemiface.jobs import Cluster, Jobs, cluster_of, job_folder
-from cemiface.reproduction import Finding, Step, reproduce, run_steps
+from cemiface.study import jobs
+from cemiface.cli.app import app
+from cemiface.study.tasks import PROFILES, Study, in_order
+from cemiface.study.jobs import Cluster, Jobs, cluster_of, job_folder
+from cemiface.study.run import Finding, Step, reproduce, run_steps
 from small import content
 from test_simmat import close
 
@@ -115,7 +115,7 @@ PARENT = """
 import signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from cemiface.jobs import Cluster, Jobs
+from cemiface.study.jobs import Cluster, Jobs
 
 class Works:
     title, infra = "works", SimpleNamespace(uid=lambda: "works")

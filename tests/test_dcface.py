@@ -8,18 +8,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import cemiface
-from cemiface.backbones import backbone
-from cemiface.cards import write_card
-from cemiface.data import FaceSet, to_float
-from cemiface.dcface import (DCFace, DCFaceConditioner, DCFaceConfig, DCFacePipeline, StyleBank, identity_image, identity_loss, patch_statistics,
+from cemiface.recognition.backbones import backbone
+from cemiface.audit.card import write_card
+from cemiface.data.faceset import FaceSet, to_float
+from cemiface.generation.dcface import (DCFace, DCFaceConditioner, DCFaceConfig, DCFacePipeline, StyleBank, identity_image, identity_loss, patch_statistics,
                              load_beside, portraits, save_beside, shipped_dcface, start_from, style_bank, style_cells, style_grid, style_map, train_dcface)
-from cemiface.images import decode_image
-from cemiface.inspection import regenerate, verify_set
-from cemiface.pipeline import ddim_scheduler, identity_embedding, shipped_pipeline, untrained_pipeline
-from cemiface.procfaces import world_faces
-from cemiface.sets import merge_set
-from cemiface.simmat import SimMatConfig, load_generator, train_generator
-from cemiface.synthesis import draw, generate_set, image_noise, image_seed, model_hash
+from cemiface.data.images import decode_image
+from cemiface.sets.stored import regenerate, verify_set
+from cemiface.generation.pipeline import ddim_scheduler, identity_embedding, shipped_pipeline, untrained_pipeline
+from cemiface.world.faces import world_faces
+from cemiface.sets.layout import merge_set
+from cemiface.generation.simmat import SimMatConfig, load_generator, train_generator
+from cemiface.sets.synthesis import draw, generate_set, image_noise, image_seed, model_hash
 from small import TINY, same, weights
 
 diffusers.utils.logging.disable_progress_bar()

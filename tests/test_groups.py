@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cemiface.groups import (bench_groups, check_centres, cos_to_centre, group_samples, group_table, class_centres, plot_groups, similarity_groups, subject_groups,
+from cemiface.recognition.groups import (bench_groups, check_centres, cos_to_centre, group_samples, group_table, class_centres, plot_groups, similarity_groups, subject_groups,
                              write_groups)
-from cemiface.images import encode_image, write_whole
-from cemiface.records import open_encoded
+from cemiface.data.images import encode_image, write_whole
+from cemiface.data.records import open_encoded
 
 
 @st.composite
@@ -155,7 +155,7 @@ def test_written_groups_hold_the_same_bytes_under_the_same_labels(tmp_path, whol
 
 @pytest.mark.parametrize("to", ["list", "records", "folder"])
 def test_the_same_call_finishes_what_a_killed_one_began(tmp_path, whole, to, monkeypatch):
-    import cemiface.groups as module
+    import cemiface.recognition.groups as module
     groups, made = torch.arange(18) % 3, []
     plain = module.convert
     def killed(part, place, *args, **kw):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cemiface import inquiries
-from cemiface.inquiries import Candidates, bench_select, choose_inquiries, int8_exact, product_margin, product_speed, quick_dtype, select_inquiries
+from cemiface.sets import inquiries
+from cemiface.sets.inquiries import Candidates, bench_select, choose_inquiries, int8_exact, product_margin, product_speed, quick_dtype, select_inquiries
 
 KINDS = [torch.float32, torch.bfloat16] + [torch.int8]*int8_exact(512, torch.device("cpu"))
 

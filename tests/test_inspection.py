@@ -6,15 +6,15 @@ import pytest
 import torch
 import yaml
 
-from cemiface.cards import licence_fields, set_similarity, size_category, write_card
-from cemiface.conditioning import GENERATORS
-from cemiface.data import FaceSet, open_faces
-from cemiface.images import decode_image, encode_image, read_image
-from cemiface.inspection import regenerate, verify_set
-from cemiface.pipeline import untrained_pipeline
-from cemiface.recognition import embed
-from cemiface.records import open_encoded
-from cemiface.sets import checksum
+from cemiface.audit.card import licence_fields, set_similarity, size_category, write_card
+from cemiface.generation.conditioning import GENERATORS
+from cemiface.data.faceset import FaceSet, open_faces
+from cemiface.data.images import decode_image, encode_image, read_image
+from cemiface.sets.stored import regenerate, verify_set
+from cemiface.generation.pipeline import untrained_pipeline
+from cemiface.recognition.training import embed
+from cemiface.data.records import open_encoded
+from cemiface.sets.layout import checksum
 from small import SIZE, inquiries, make
 
 diffusers.utils.logging.disable_progress_bar()

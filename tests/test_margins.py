@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from cemiface.margins import MARGINS, AdaFace, ArcFace, CosFace, correct, cosines, margin_head
+from cemiface.recognition.margins import MARGINS, AdaFace, ArcFace, CosFace, correct, cosines, margin_head
 
 FORMS = {**{name: {} for name in MARGINS}, "arcface without gradient": {"margin_gradient": False}} # every head there is
 
@@ -192,7 +192,7 @@ def test_right_and_wrong_are_told_without_the_margin(form, batch, classes, seed)
 
 TWO = """
 import sys, torch, torch.distributed as dist
-from cemiface.margins import AdaFace
+from cemiface.recognition.margins import AdaFace
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 emb, labels, weight = torch.load(f"{folder}/batch.pt", weights_only=True)

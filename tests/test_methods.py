@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cemiface.data import open_faces
-from cemiface.experiments import PROFILES, Study, in_order
+from cemiface.data.faceset import open_faces
+from cemiface.study.tasks import PROFILES, Study, in_order
 from cemiface.paper.methods import METHODS, ROWS, VOLUMES, answer, distances, subject_means, volume_runs, volume_training
-from cemiface.published import published
-from cemiface.recognition import embed
-from cemiface.reproduction import RESULTS, Finding, all_results, reproduce
+from cemiface.paper.published import published
+from cemiface.recognition.training import embed
+from cemiface.study.run import RESULTS, Finding, all_results, reproduce
 
 NAMES = ["table7", "table12", "table6", "figure9"]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from cemiface.images import encode_image
-from cemiface.pairs import (convert_pairs, damaged_pairs, open_pairs, pair_set, PairImages, read_plain_pickle, without_damaged, write_bin,
+from cemiface.data.images import encode_image
+from cemiface.data.pairs import (convert_pairs, damaged_pairs, open_pairs, pair_set, PairImages, read_plain_pickle, without_damaged, write_bin,
                             write_pairs_folder)
-from cemiface import pairs as module
+from cemiface.data import pairs as module
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
 PNGS = [encode_image(torch.from_numpy(p).permute(2, 0, 1)) for p in PIXELS]

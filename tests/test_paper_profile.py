@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from test_checkpoints import AdaFaceNet, trained
 from typer.testing import CliRunner
 
-from cemiface.backbones import IResNet, backbone, forward_flops
-from cemiface.cli import app
-from cemiface.conditioning import GENERATORS
-from cemiface.experiments import PROFILES, Study, in_order
-from cemiface.images import encode_image, read_image
+from cemiface.recognition.backbones import IResNet, backbone, forward_flops
+from cemiface.cli.app import app
+from cemiface.generation.conditioning import GENERATORS
+from cemiface.study.tasks import PROFILES, Study, in_order
+from cemiface.data.images import encode_image, read_image
 from cemiface.paper.inquiry_sources import CHALLENGES
 from cemiface.paper.methods import first_images, published_row
-from cemiface.pairs import open_pairs, write_bin
-from cemiface.procfaces import BENCHMARKS, WORLDS, benchmark_pairs, world_faces
-from cemiface.published import published
-from cemiface.recordio import RecordWriter
-from cemiface.reproduction import RESULTS, Finding, all_results, chosen_results, missing, plan, reproduce
-from cemiface.verification import evaluate
+from cemiface.data.pairs import open_pairs, write_bin
+from cemiface.world.faces import BENCHMARKS, WORLDS, benchmark_pairs, world_faces
+from cemiface.paper.published import published
+from cemiface.data.recordio import RecordWriter
+from cemiface.study.run import RESULTS, Finding, all_results, chosen_results, missing, plan, reproduce
+from cemiface.recognition.verification import evaluate
 
 NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "table6", "table13", "figure8"]
 COUNTS = [3, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7] # images of each subject of casia
@@ -267,7 +267,7 @@ def test_procedural_tasks_are_what_they_were(tmp_path):
 
 
 def test_names_of_data_are_those_of_the_worlds():
-    from cemiface.paper_data import BINS as files, NEEDED
+    from cemiface.study.user_files import BINS as files, NEEDED
     assert set(NEEDED) == set(WORLDS) | set(files.values()) and [f"proc-{n}" for n in files] == list(BENCHMARKS)
 
 

@@ -14,13 +14,13 @@ from diffusers.callbacks import PipelineCallback
 from hypothesis import given as drawn, settings, strategies as st
 
 import cemiface
-from cemiface.backbones import IResNet
-from cemiface.conditioning import GENERATORS, Conditioner
-from cemiface.data import to_float, to_uint8
-from cemiface.pipeline import (MARK, CemiFacePipeline, calibrate, calibrated_m, ddim_scheduler, identity_embedding, sample_embeddings, shipped_pipeline,
+from cemiface.recognition.backbones import IResNet
+from cemiface.generation.conditioning import GENERATORS, Conditioner
+from cemiface.data.faceset import to_float, to_uint8
+from cemiface.generation.pipeline import (MARK, CemiFacePipeline, calibrate, calibrated_m, ddim_scheduler, identity_embedding, sample_embeddings, shipped_pipeline,
                                standalone, untrained_pipeline)
-from cemiface.procfaces import world_faces
-from cemiface.simmat import noise_scheduler
+from cemiface.world.faces import world_faces
+from cemiface.generation.simmat import noise_scheduler
 
 diffusers.utils.logging.disable_progress_bar()
 
@@ -175,7 +175,7 @@ def test_embeddings_need_not_be_normalised(pipe, given):
 
 
 def test_shipped_weights_load_or_say_what_is_missing(monkeypatch, tmp_path):
-    import cemiface.pipeline as module
+    import cemiface.generation.pipeline as module
     monkeypatch.setattr(module, "__file__", str(tmp_path/"pipeline.py"))
     with pytest.raises(OSError, match="install a release"): shipped_pipeline()
     untrained_pipeline(GENERATORS["smoke"]).save_pretrained(tmp_path/"weights"/"generator")
@@ -298,7 +298,7 @@ def test_loading_runs_no_code_of_the_folder(pipe, given, tmp_path):
     for name in ("pipeline.py", "conditioner/cemiface.py", "recogniser/cemiface.py"): (tmp_path/name).write_text("raise SystemExit('ran')")
     again = CemiFacePipeline.from_pretrained(tmp_path)
     assert type(again.conditioner) is Conditioner and type(again.recogniser) is IResNet
-    (tmp_path/"recogniser/cemiface.pipeline.py").write_text("raise SystemExit('ran')")
+    (tmp_path/"recogniser/cemiface.generation.pipeline.py").write_text("raise SystemExit('ran')")
     with pytest.raises(ValueError, match="trust_remote_code"): CemiFacePipeline.from_pretrained(tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_links_between_notebooks_lead_somewhere():
 
 def test_the_map_names_every_result():
     from importlib import import_module
-    from cemiface.reproduction import all_results
+    from cemiface.study.run import all_results
     rows = re.findall(r"^\| (.+?) \| `(\w+)` \| \[(\w+)\]\((\S+)\) \| `(\w+)\.(\w+)` \|$", "".join("".join(c["source"]) + "\n" for c in cells(ROOT / "nbs/index.ipynb", "markdown")), re.M)
     assert {r[1]: r[0] for r in rows} == {n: r.title for n, r in all_results().items()}
     for _, name, notebook, path, module, function in rows:

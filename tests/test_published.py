@@ -5,7 +5,7 @@ from importlib.resources import files
 import pandas as pd
 import pytest
 
-from cemiface.published import beside, errata, published, published_names, recompute, trusted
+from cemiface.paper.published import beside, errata, published, published_names, recompute, trusted
 
 BOOK = json.loads(files("cemiface").joinpath("published.json").read_text(encoding="utf-8"))
 FIVE = ["LFW", "CFP-FP", "AgeDB", "CALFW", "CPLFW"]
@@ -75,7 +75,7 @@ def test_recompute_against_plain_python():
 def test_recompute_finds_a_wrong_sum(monkeypatch):
     book = json.loads(json.dumps(BOOK))
     book["tables"]["table1"]["rows"][2][-1] += .02
-    monkeypatch.setattr("cemiface.published._book", lambda: book)
+    monkeypatch.setattr("cemiface.paper.published._book", lambda: book)
     wrong = recompute().query("not agrees")
     assert list(wrong.table) == ["table1"] and wrong.row.item() == "0.76" and wrong.difference.item() == pytest.approx(91.782 - 91.80)
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 
-from cemiface.data import FaceSet
-from cemiface.data import to_float as recognition_to_float
-from cemiface.margins import MARGINS
-from cemiface.groups import class_centres
-from cemiface.recognition import (RECIPES, RecogniserConfig, check_same_start, embed, fresh_accelerator, load_recogniser, load_state, save_recogniser,
+from cemiface.data.faceset import FaceSet
+from cemiface.data.faceset import to_float as recognition_to_float
+from cemiface.recognition.margins import MARGINS
+from cemiface.recognition.groups import class_centres
+from cemiface.recognition.training import (RECIPES, RecogniserConfig, check_same_start, embed, fresh_accelerator, load_recogniser, load_state, save_recogniser,
                                   train_recogniser)
 
 SMALL = RecogniserConfig(backbone="ir18", size=16, width=4, emb_dim=16, epochs=2, batch_size=16, lr=.05)
@@ -95,7 +95,7 @@ def test_resume_at_any_batch_is_bit_identical(tmp_path, change):
 
 def test_a_state_between_the_last_epoch_and_the_result(tmp_path):
     saved = []
-    import cemiface.recognition as r
+    import cemiface.recognition.training as r
     def stop(*args): saved.append(args); raise Stop
     with pytest.MonkeyPatch.context() as m, pytest.raises(Stop):
         m.setattr(r, "save_recogniser", stop)
@@ -107,7 +107,7 @@ def test_a_state_between_the_last_epoch_and_the_result(tmp_path):
 def test_a_finished_training_is_loaded_and_another_one_refused(tmp_path):
     train(out=tmp_path)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("cemiface.recognition.backbone", None) # nothing is built
+        m.setattr("cemiface.recognition.training.backbone", None) # nothing is built
         loaded = train(out=tmp_path)
     assert same(loaded, plain())
     with pytest.raises(ValueError, match="seed=0, not 1"): train(SMALL.model_copy(update={"seed": 1}), out=tmp_path)
@@ -142,7 +142,7 @@ def poisoned(monkeypatch, step):
     def to_float(images):
         left[0] -= 1
         return recognition_to_float(images) * (float("nan") if left[0] == -1 else 1)
-    monkeypatch.setattr("cemiface.recognition.to_float", to_float)
+    monkeypatch.setattr("cemiface.recognition.training.to_float", to_float)
 
 @pytest.mark.parametrize("step, epoch, batch", [(2, 1, 3), (3, 1, 4), (6, 2, 3)])
 def test_a_poisoned_batch_stops_the_run_and_the_same_call_goes_on(tmp_path, monkeypatch, step, epoch, batch):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from cemiface.convert import bench_records, convert, left_out
-from cemiface.images import decode_image, encode_image, natural_key, write_folder
-from cemiface.lint import lint
-from cemiface.recordio import MAGIC, RecordFile, RecordWriter, pack_image, pack_record, read_payload, scan_records
-from cemiface.records import Encoded, Files, open_encoded, write_list
+from cemiface.data.convert import bench_records, convert, left_out
+from cemiface.data.images import decode_image, encode_image, natural_key, write_folder
+from cemiface.data.lint import lint
+from cemiface.data.recordio import MAGIC, RecordFile, RecordWriter, pack_image, pack_record, read_payload, scan_records
+from cemiface.data.records import Encoded, Files, open_encoded, write_list
 
 WORD = struct.pack("<I", MAGIC)
 SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -542,7 +542,7 @@ def test_conversion_refuses(tmp_path, faces):
 
 KILLED = """
 import sys, time, torch
-import cemiface.convert as c
+import cemiface.data.convert as c
 torch.set_num_threads(1)
 plain = c.fitted
 c.fitted = lambda *args: (time.sleep(.02), plain(*args))[1]

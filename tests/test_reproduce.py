@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cemiface import experiments
-from cemiface.backbones import backbone, forward_flops
-from cemiface.conditioning import GENERATORS
-from cemiface.data import open_faces
-from cemiface.dcface import load_beside
-from cemiface.experiments import PROFILES, Study, in_order
-from cemiface.pipeline import CemiFacePipeline, untrained_pipeline
-from cemiface.reproduction import Finding, bench_rates, pack, reproduce
+from cemiface.study import tasks as experiments
+from cemiface.recognition.backbones import backbone, forward_flops
+from cemiface.generation.conditioning import GENERATORS
+from cemiface.data.faceset import open_faces
+from cemiface.generation.dcface import load_beside
+from cemiface.study.tasks import PROFILES, Study, in_order
+from cemiface.generation.pipeline import CemiFacePipeline, untrained_pipeline
+from cemiface.study.run import Finding, bench_rates, pack, reproduce
 
-COMMAND = [sys.executable, "-c", "from cemiface.cli import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
+COMMAND = [sys.executable, "-c", "from cemiface.cli.app import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
            "table1", "fig2", "--jobs", "2"]
 
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cemiface import sets
-from cemiface.data import open_faces
-from cemiface.inspection import verify_set
-from cemiface.records import open_encoded
-from cemiface.sets import PLANS, current_share, filled, image_counts, merge_set, open_set, set_batches, set_plan, set_rows, write_share
-from cemiface.synthesis import generate_set
+from cemiface.sets import layout as sets
+from cemiface.data.faceset import open_faces
+from cemiface.sets.stored import verify_set
+from cemiface.data.records import open_encoded
+from cemiface.sets.layout import PLANS, current_share, filled, image_counts, merge_set, open_set, set_batches, set_plan, set_rows, write_share
+from cemiface.sets.synthesis import generate_set
 from small import SIZE, content, inquiries, make
 
 diffusers.utils.logging.disable_progress_bar()
@@ -209,11 +209,11 @@ def test_a_batch_is_written_while_the_next_is_drawn(tmp_path, monkeypatch):
 
 CHILD = """
 import sys, time, torch
-from cemiface import synthesis
-from cemiface.conditioning import GENERATORS
-from cemiface.data import FaceSet
-from cemiface.pipeline import untrained_pipeline
-from cemiface.sets import current_share
+from cemiface.sets import synthesis
+from cemiface.generation.conditioning import GENERATORS
+from cemiface.data.faceset import FaceSet
+from cemiface.generation.pipeline import untrained_pipeline
+from cemiface.sets.layout import current_share
 draw = synthesis.draw
 synthesis.draw = lambda *a: time.sleep(.5) or draw(*a)
 images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from cemiface.backbones import backbone
-from cemiface.data import FaceSet, batches, to_float
-from cemiface.dcface import DCFaceConfig, train_dcface
-from cemiface.images import read_image
-from cemiface.pipeline import ddim_scheduler, denoise
-from cemiface.simmat import (PACE, SAMPLE_MS, Denoiser, SimMat, SimMatConfig, draw_step, eps_from_v, load_generator, m_grid, noise_scheduler, plot_training,
+from cemiface.recognition.backbones import backbone
+from cemiface.data.faceset import FaceSet, batches, to_float
+from cemiface.generation.dcface import DCFaceConfig, train_dcface
+from cemiface.data.images import read_image
+from cemiface.generation.pipeline import ddim_scheduler, denoise
+from cemiface.generation.simmat import (PACE, SAMPLE_MS, Denoiser, SimMat, SimMatConfig, draw_step, eps_from_v, load_generator, m_grid, noise_scheduler, plot_training,
                              random_centres, simmat_loss, step_generator, train_generator, x0_from_eps)
 from small import TINY, same, weights
 
@@ -45,7 +45,7 @@ CHILD = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    import test_simmat as t, cemiface.simmat as simmat
+    import test_simmat as t, cemiface.generation.simmat as simmat
     plain, calls = simmat.draw_step, iter(range(100))
     def kill_at_8(*a):
         if next(calls) == 8: os.kill(os.getpid(), signal.SIGKILL)

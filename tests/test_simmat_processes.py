@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from cemiface.data import FaceSet
-from cemiface.simmat import train_generator
+from cemiface.data.faceset import FaceSet
+from cemiface.generation.simmat import train_generator
 from small import TINY, weights
 from test_simmat import SHORT, close, embedder, faces, gradients
 

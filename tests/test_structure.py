@@ -5,14 +5,14 @@ import pandas as pd
 import pytest
 import torch
 
-from cemiface.backbones import backbone
-from cemiface.conditioning import GENERATORS, face_conditioner, face_unet
-from cemiface.experiments import PROFILES, Study
+from cemiface.recognition.backbones import backbone
+from cemiface.generation.conditioning import GENERATORS, face_conditioner, face_unet
+from cemiface.study.tasks import PROFILES, Study
 from cemiface.paper.structure import draw_structure, levels, module_table, structure, watched
 from cemiface.paper.training import MS, NETWORKS
-from cemiface.pipeline import shipped_pipeline
-from cemiface.published import published
-from cemiface.reproduction import Finding, reproduce
+from cemiface.generation.pipeline import shipped_pipeline
+from cemiface.paper.published import published
+from cemiface.study.run import Finding, reproduce
 
 SMOKE = PROFILES["smoke"]
 RESULTS = ["table10", "dynamics", "figure3"]

@@ -15,13 +15,13 @@ import torch
 from diffusers import DDPMScheduler, UniPCMultistepScheduler
 from safetensors.torch import save_file
 
-from cemiface import images as image_files, synthesis
-from cemiface.conditioning import GENERATORS
-from cemiface.data import FaceSet, open_faces
-from cemiface.pipeline import untrained_pipeline
-from cemiface.images import list_folder, read_image
-from cemiface.sets import image_file, image_seed
-from cemiface.synthesis import contact_sheet, image_noise, m_grid, model_hash, plot_m_grid, save_contact_sheet
+from cemiface.data import images as image_files; from cemiface.sets import synthesis
+from cemiface.generation.conditioning import GENERATORS
+from cemiface.data.faceset import FaceSet, open_faces
+from cemiface.generation.pipeline import untrained_pipeline
+from cemiface.data.images import list_folder, read_image
+from cemiface.sets.layout import image_file, image_seed
+from cemiface.sets.synthesis import contact_sheet, image_noise, m_grid, model_hash, plot_m_grid, save_contact_sheet
 from small import SIZE, content, inquiries, make
 
 diffusers.utils.logging.disable_progress_bar()
@@ -101,10 +101,10 @@ def test_samplers_that_draw_noise_are_reproducible(pipe, tmp_path):
 CHILD = """
 import sys, time, torch
 from safetensors.torch import load_file
-from cemiface import synthesis
-from cemiface.conditioning import GENERATORS
-from cemiface.data import FaceSet
-from cemiface.pipeline import untrained_pipeline
+from cemiface.sets import synthesis
+from cemiface.generation.conditioning import GENERATORS
+from cemiface.data.faceset import FaceSet
+from cemiface.generation.pipeline import untrained_pipeline
 draw = synthesis.draw
 synthesis.draw = lambda *a: time.sleep(.05) or draw(*a)
 images = load_file(sys.argv[1])["images"]

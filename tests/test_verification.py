@@ -12,10 +12,10 @@ from scipy.stats import ttest_1samp
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
-from cemiface.images import encode_image
-from cemiface.pairs import pair_set
-from cemiface.style import figure_style
-from cemiface.verification import (_accept_counts, _far_thresholds, _fold_index, bench_verification, bootstrap_ci, check_sets, evaluate, over_seeds, pair_distances,
+from cemiface.data.images import encode_image
+from cemiface.data.pairs import pair_set
+from cemiface.core.figures import figure_style
+from cemiface.recognition.verification import (_accept_counts, _far_thresholds, _fold_index, bench_verification, bootstrap_ci, check_sets, evaluate, over_seeds, pair_distances,
                                    plot_verification, reference_verification, results_table, verify, verify_distances, verify_sets)
 
 
