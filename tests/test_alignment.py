@@ -15,7 +15,8 @@ from PIL import Image
 
 from cemiface.data import alignment
 from cemiface.data.alignment import align_face, align_folder, arcface_template, largest, read_landmarks, similarity_transform, yunet_detector
-from cemiface.data.images import encode_image, write_whole
+from cemiface.data.images import encode_image
+from cemiface.core.files import write_whole
 
 TEMPLATE = arcface_template()
 

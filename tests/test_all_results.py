@@ -4,9 +4,9 @@ import re, subprocess, sys
 import pandas as pd
 import pytest
 
-from cemiface.study.tasks import Study
+from cemiface.study.study import Study
 from cemiface.paper.published import published_names
-from cemiface.study.run import all_results, list_results
+from cemiface.paper.reproduce import RESULTS, list_results
 
 TABLES = [f"table{i}" for i in range(1, 15)] + ["table_pretrained_loss"]
 FIGURES = [f"figure{i}" for i in range(1, 10)]
@@ -22,7 +22,7 @@ def made(tmp_path_factory): # folder, what the command said
 
 
 def test_fifteen_tables_and_nine_figures_are_results():
-    assert {*TABLES, *FIGURES, "dynamics", "claims"} <= set(all_results())
+    assert {*TABLES, *FIGURES, "dynamics", "claims"} <= set(RESULTS)
     assert set(TABLES) <= set(published_names())
 
 
@@ -43,7 +43,7 @@ def test_every_figure_is_a_picture(made, name):
 
 def test_the_page_shows_all_and_says_what_each_is_made_of(made):
     page = (made[0]/"smoke/index.html").read_text()
-    assert "Not made" not in page and page.count("<h2 id=") == len(all_results())
+    assert "Not made" not in page and page.count("<h2 id=") == len(RESULTS)
     assert page.index('id="claims"') < page.index('id="table1"') and "not made yet" not in page
     assert re.search(r"made of \d+ artifacts", page)
 

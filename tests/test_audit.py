@@ -21,7 +21,7 @@ from cemiface.audit.similarity import (BUCKETS, LOOKS, achieved_similarity, clas
 from cemiface.audit.page import PARTS, Audit, findings_of, finite_embeddings, open_generated
 from cemiface.cli.app import app
 from cemiface.data.faceset import FaceSet, open_faces
-from cemiface.study.tasks import shipped_models
+from cemiface.generation.shipped import shipped_models
 from cemiface.data.images import write_folder
 from cemiface.audit.leakage import (FMR, cut_offs, factor_table, fit_factors, leakage, least_noticed, nearest_others, rate_interval, same_cosine, template_images,
                               templates)

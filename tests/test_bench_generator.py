@@ -12,7 +12,8 @@ from diffusers.models.attention_processor import Attention
 import cemiface.bench.generator as module
 from cemiface.bench.generator import bench_accuracy, bench_generator_training, bench_sampling, bench_steps, generator_parts, run_bench_generator, where_sampling_goes
 from cemiface.generation.conditioning import GENERATORS, face_conditioner, face_unet
-from cemiface.study.tasks import PROFILES, Study
+from cemiface.study.profiles import PROFILES
+from cemiface.study.study import Study
 
 generator_cost = functools.cache(module.generator_cost) # the paper's networks take seconds to build, even without numbers
 

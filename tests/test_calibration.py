@@ -2,9 +2,10 @@
 import pytest
 import torch
 
-from cemiface.bench.generator import SAMPLERS
+from cemiface.generation.diffusion import SAMPLERS
 from cemiface.data.faceset import to_float
-from cemiface.generation.pipeline import identity_embedding, shipped_pipeline
+from cemiface.generation.conditioning import identity_embedding
+from cemiface.generation.shipped import shipped_pipeline
 from cemiface.world.faces import world_faces
 
 

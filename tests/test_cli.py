@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cemiface.cli.app import app
 from cemiface.data.pairs import open_pairs, write_bin
-from cemiface.generation.pipeline import shipped_pipeline
+from cemiface.generation.shipped import shipped_pipeline
 from cemiface.data.records import open_encoded
 
 TINY = ("--backbone", "ir18", "--width", 8, "--size", 16, "--epochs", 2, "--batch-size", 16, "--lr", 0.02)
@@ -434,7 +434,7 @@ def test_read_only_output(folder):
 
 def test_full_disk(folder, tmp_path, monkeypatch):
     def full(path, data): raise OSError(28, f"could not write {path} (No space left on device): free some space")
-    monkeypatch.setattr("cemiface.data.images.write_whole", full)
+    monkeypatch.setattr("cemiface.core.files.write_whole", full)
     assert "No space left" in error(1, "train-recogniser", "--data", folder, "--out", tmp_path / "out", *TINY)
 
 

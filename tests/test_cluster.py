@@ -19,9 +19,14 @@ from typer.testing import CliRunner
 
 from cemiface.study import jobs
 from cemiface.cli.app import app
-from cemiface.study.tasks import PROFILES, Study, in_order
+from cemiface.study.profiles import PROFILES
+from cemiface.study.study import Study
+from cemiface.study.tasks import in_order
 from cemiface.study.jobs import Cluster, Jobs, cluster_of, job_folder
-from cemiface.study.run import Finding, Step, reproduce, run_steps
+from cemiface.core.report import Finding
+from cemiface.study.plan import Step
+from cemiface.paper.reproduce import reproduce
+from cemiface.study.run import run_steps
 from small import content
 from test_simmat import close
 

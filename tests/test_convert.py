@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from cemiface.data import convert
-from cemiface.data.convert import peak_rss
+from cemiface.data.convert import convert
+from cemiface.core.machine import peak_rss
 
 CHILD = """
 import resource
-from cemiface.data.convert import peak_rss
+from cemiface.core.machine import peak_rss
 before = peak_rss()
 held = bytearray(b"1")*(200*2**20)
 del held

@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 
 from cemiface.data.faceset import (AUGMENT_DRAWS, EncodedImages, FaceSet, augment, batches, choose, epoch_order, erase, flip_crop, jitter, lookups, open_faces, to_float, to_uint8,
                            turn_hue)
-from cemiface.data.images import encode_image, write_folder, write_whole
+from cemiface.data.images import encode_image, write_folder
+from cemiface.core.files import write_whole
 
 
 def seeded(seed=0):

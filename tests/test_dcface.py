@@ -11,15 +11,22 @@ import cemiface
 from cemiface.recognition.backbones import backbone
 from cemiface.audit.card import write_card
 from cemiface.data.faceset import FaceSet, to_float
-from cemiface.generation.dcface import (DCFace, DCFaceConditioner, DCFaceConfig, DCFacePipeline, StyleBank, identity_image, identity_loss, patch_statistics,
-                             load_beside, portraits, save_beside, shipped_dcface, start_from, style_bank, style_cells, style_grid, style_map, train_dcface)
+from cemiface.generation.dcface import DCFace, DCFaceConditioner, DCFaceConfig, DCFacePipeline, StyleBank, identity_image, identity_loss, patch_statistics, portraits, start_from, style_bank, style_cells, style_grid, style_map, train_dcface
+from cemiface.generation.shipped import load_beside, save_beside, shipped_dcface
 from cemiface.data.images import decode_image
 from cemiface.sets.stored import regenerate, verify_set
-from cemiface.generation.pipeline import ddim_scheduler, identity_embedding, shipped_pipeline, untrained_pipeline
+from cemiface.generation.diffusion import ddim_scheduler
+from cemiface.generation.conditioning import identity_embedding
+from cemiface.generation.shipped import shipped_pipeline
+from cemiface.generation.pipeline import untrained_pipeline
 from cemiface.world.faces import world_faces
 from cemiface.sets.layout import merge_set
-from cemiface.generation.simmat import SimMatConfig, load_generator, train_generator
-from cemiface.sets.synthesis import draw, generate_set, image_noise, image_seed, model_hash
+from cemiface.generation.simmat import SimMatConfig
+from cemiface.generation.training import load_generator
+from cemiface.generation.training import train_generator
+from cemiface.sets.synthesis import draw, generate_set, model_hash
+from cemiface.generation.diffusion import image_noise
+from cemiface.sets.layout import image_seed
 from small import TINY, same, weights
 
 diffusers.utils.logging.disable_progress_bar()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cemiface.recognition.groups import (bench_groups, check_centres, cos_to_centre, group_samples, group_table, class_centres, plot_groups, similarity_groups, subject_groups,
-                             write_groups)
-from cemiface.data.images import encode_image, write_whole
+from cemiface.bench.recognition import bench_groups
+from cemiface.recognition.groups import check_centres, cos_to_centre, group_samples, group_table, class_centres, plot_groups, similarity_groups, subject_groups, write_groups
+from cemiface.data.images import encode_image
+from cemiface.core.files import write_whole
 from cemiface.data.records import open_encoded
 
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from cemiface.data import images as image_files
-from cemiface.data.images import decode_image, encode_image, list_folder, natural_key, read_image, write_folder, write_whole
+from cemiface.data.images import decode_image, encode_image, list_folder, natural_key, read_image, write_folder
+from cemiface.core.files import write_whole
 
 
 def noise(size=32, seed=0):
@@ -212,7 +213,7 @@ def test_a_full_disk_leaves_the_old_file_and_one_clear_error(tmp_path, monkeypat
 
 def test_a_real_size_limit(tmp_path):
     "The operating system itself refuses the bytes: a file-size limit in a process of its own."
-    code = ("import resource, sys; from cemiface.data.images import write_whole\n"
+    code = ("import resource, sys; from cemiface.core.files import write_whole\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
             "try: write_whole(sys.argv[1], bytes(5000))\n"
             "except OSError as e: print(e)")
@@ -233,9 +234,9 @@ def test_a_read_only_folder(tmp_path):
 def test_kill_in_the_middle_of_writing(tmp_path):
     "A process killed before the rename leaves the old file and a neighbour that no listing takes for an image."
     write_whole(tmp_path/"s"/"0.png", encode_image(noise()))
-    code = ("import os, signal, sys; from cemiface.data import images\n"
+    code = ("import os, signal, sys; from cemiface.core import files\n"
             "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "images.write_whole(sys.argv[1], b'half')")
+            "files.write_whole(sys.argv[1], b'half')")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path/"s"/"0.png")], timeout=120)
     assert done.returncode == -9
     paths, _, _ = list_folder(tmp_path)

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from cemiface.data.images import encode_image, write_whole
+from cemiface.data.images import encode_image
+from cemiface.core.files import write_whole
 from cemiface.data.lint import RULES, Report, copies, label_gaps, lint, look, look_all, string_sorted
 from cemiface.data.pairs import write_bin
 from cemiface.data.recordio import RecordWriter
@@ -234,7 +235,7 @@ def test_many_large_images_are_decoded_one_at_a_time():
     code = """if True:
         import io, resource
         from PIL import Image
-        from cemiface.data import lint
+        from cemiface.data.lint import lint
         lint.os.cpu_count = lambda: 8
         out = io.BytesIO(); Image.new("RGB", (4000, 3000), (200, 100, 50)).save(out, "PNG", compress_level=1)
         data, before = out.getvalue(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

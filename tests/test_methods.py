@@ -11,11 +11,16 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from cemiface.data.faceset import open_faces
-from cemiface.study.tasks import PROFILES, Study, in_order
+from cemiface.study.profiles import PROFILES
+from cemiface.study.study import Study
+from cemiface.study.tasks import in_order
 from cemiface.paper.methods import METHODS, ROWS, VOLUMES, answer, distances, subject_means, volume_runs, volume_training
 from cemiface.paper.published import published
 from cemiface.recognition.training import embed
-from cemiface.study.run import RESULTS, Finding, all_results, reproduce
+from cemiface.study.results import RESULTS
+from cemiface.core.report import Finding
+from cemiface.paper.reproduce import RESULTS
+from cemiface.paper.reproduce import reproduce
 
 NAMES = ["table7", "table12", "table6", "figure9"]
 
@@ -39,7 +44,7 @@ def test_every_result_is_made(made):
     found, _ = made
     assert all(isinstance(found[n], Finding) for n in NAMES), found
     assert found["figure9"].figure is not None and all(found[n].table is not None for n in NAMES[:3])
-    assert set(NAMES) <= set(all_results()) and all("Section" in RESULTS[n].title for n in NAMES)
+    assert set(NAMES) <= set(RESULTS) and all("Section" in RESULTS[n].title for n in NAMES)
 
 
 def test_results_only_read_what_they_need(made):

@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 from cemiface.recognition.backbones import IResNet, backbone, forward_flops
 from cemiface.cli.app import app
 from cemiface.generation.conditioning import GENERATORS
-from cemiface.study.tasks import PROFILES, Study, in_order
+from cemiface.study.profiles import PROFILES
+from cemiface.study.study import Study
+from cemiface.study.tasks import in_order
 from cemiface.data.images import encode_image, read_image
 from cemiface.paper.inquiry_sources import CHALLENGES
 from cemiface.paper.methods import first_images, published_row
@@ -25,7 +27,11 @@ from cemiface.data.pairs import open_pairs, write_bin
 from cemiface.world.faces import BENCHMARKS, WORLDS, benchmark_pairs, world_faces
 from cemiface.paper.published import published
 from cemiface.data.recordio import RecordWriter
-from cemiface.study.run import RESULTS, Finding, all_results, chosen_results, missing, plan, reproduce
+from cemiface.study.results import RESULTS
+from cemiface.core.report import Finding
+from cemiface.paper.reproduce import RESULTS, chosen_results, missing
+from cemiface.study.plan import plan
+from cemiface.paper.reproduce import reproduce
 from cemiface.recognition.verification import evaluate
 
 NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "table6", "table13", "figure8"]
@@ -259,7 +265,7 @@ def test_a_damaged_pair_stops_before_any_training(data, tmp_path):
 # ---- the graph
 def test_procedural_tasks_are_what_they_were(tmp_path):
     s = Study("laptop", tmp_path, from_scratch=True)
-    tasks = in_order([t for r in all_results().values() for t in r.needs(s)])
+    tasks = in_order([t for r in RESULTS.values() for t in r.needs(s)])
     assert len(tasks) > 100 and not s.real
     new = {"source", "data", "images", "filter", "usual"}
     def keys(config): return {k for k, v in config.items()} | {k for v in config.values() if isinstance(v, dict) for k in keys(v)}

@@ -17,10 +17,13 @@ import cemiface
 from cemiface.recognition.backbones import IResNet
 from cemiface.generation.conditioning import GENERATORS, Conditioner
 from cemiface.data.faceset import to_float, to_uint8
-from cemiface.generation.pipeline import (MARK, CemiFacePipeline, calibrate, calibrated_m, ddim_scheduler, identity_embedding, sample_embeddings, shipped_pipeline,
-                               standalone, untrained_pipeline)
+from cemiface.generation.pipeline import MARK, CemiFacePipeline, calibrated_m, standalone, untrained_pipeline
+from cemiface.generation.calibration import calibrate, sample_embeddings
+from cemiface.generation.diffusion import ddim_scheduler
+from cemiface.generation.conditioning import identity_embedding
+from cemiface.generation.shipped import shipped_pipeline
 from cemiface.world.faces import world_faces
-from cemiface.generation.simmat import noise_scheduler
+from cemiface.generation.diffusion import noise_scheduler
 
 diffusers.utils.logging.disable_progress_bar()
 

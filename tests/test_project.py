@@ -113,12 +113,12 @@ def test_links_between_notebooks_lead_somewhere():
 
 def test_the_map_names_every_result():
     from importlib import import_module
-    from cemiface.study.run import all_results
+    from cemiface.paper.reproduce import RESULTS
     rows = re.findall(r"^\| (.+?) \| `(\w+)` \| \[(\w+)\]\((\S+)\) \| `(\w+)\.(\w+)` \|$", "".join("".join(c["source"]) + "\n" for c in cells(ROOT / "nbs/index.ipynb", "markdown")), re.M)
-    assert {r[1]: r[0] for r in rows} == {n: r.title for n, r in all_results().items()}
+    assert {r[1]: r[0] for r in rows} == {n: r.title for n, r in RESULTS.items()}
     for _, name, notebook, path, module, function in rows:
         assert path == f"paper/{notebook}.ipynb" and f"#| default_exp paper.{module}" in "".join(cells(ROOT / "nbs" / path)[0]["source"])
-        assert name == function and getattr(import_module(f"cemiface.paper.{module}"), function) is all_results()[name].make
+        assert name == function and getattr(import_module(f"cemiface.paper.{module}"), function) is RESULTS[name].make
 
 
 def test_relink():

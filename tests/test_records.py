@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from cemiface.data.convert import bench_records, convert, left_out
+from cemiface.bench.recognition import bench_records
+from cemiface.data.convert import convert, left_out
 from cemiface.data.images import decode_image, encode_image, natural_key, write_folder
 from cemiface.data.lint import lint
 from cemiface.data.recordio import MAGIC, RecordFile, RecordWriter, pack_image, pack_record, read_payload, scan_records

@@ -19,10 +19,15 @@ from cemiface.study import tasks as experiments
 from cemiface.recognition.backbones import backbone, forward_flops
 from cemiface.generation.conditioning import GENERATORS
 from cemiface.data.faceset import open_faces
-from cemiface.generation.dcface import load_beside
-from cemiface.study.tasks import PROFILES, Study, in_order
+from cemiface.generation.shipped import load_beside
+from cemiface.study.profiles import PROFILES
+from cemiface.study.study import Study
+from cemiface.study.tasks import in_order
 from cemiface.generation.pipeline import CemiFacePipeline, untrained_pipeline
-from cemiface.study.run import Finding, bench_rates, pack, reproduce
+from cemiface.core.report import Finding
+from cemiface.study.plan import bench_rates
+from cemiface.study.pack import pack
+from cemiface.paper.reproduce import reproduce
 
 COMMAND = [sys.executable, "-c", "from cemiface.cli.app import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
            "table1", "fig2", "--jobs", "2"]

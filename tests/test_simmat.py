@@ -11,9 +11,11 @@ from cemiface.recognition.backbones import backbone
 from cemiface.data.faceset import FaceSet, batches, to_float
 from cemiface.generation.dcface import DCFaceConfig, train_dcface
 from cemiface.data.images import read_image
-from cemiface.generation.pipeline import ddim_scheduler, denoise
-from cemiface.generation.simmat import (PACE, SAMPLE_MS, Denoiser, SimMat, SimMatConfig, draw_step, eps_from_v, load_generator, m_grid, noise_scheduler, plot_training,
-                             random_centres, simmat_loss, step_generator, train_generator, x0_from_eps)
+from cemiface.generation.diffusion import ddim_scheduler, denoise
+from cemiface.generation.simmat import PACE, SimMatConfig, m_grid, simmat_loss
+from cemiface.generation.training import SAMPLE_MS, Denoiser, SimMat, draw_step, load_generator, plot_training, random_centres, step_generator
+from cemiface.generation.diffusion import eps_from_v, noise_scheduler, x0_from_eps
+from cemiface.generation.training import train_generator
 from small import TINY, same, weights
 
 SHORT = SimMatConfig(steps=12, batch_size=4, lr=1e-3, warmup_steps=2, log_every=3, save_every=0)

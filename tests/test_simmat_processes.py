@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cemiface.data.faceset import FaceSet
-from cemiface.generation.simmat import train_generator
+from cemiface.generation.training import train_generator
 from small import TINY, weights
 from test_simmat import SHORT, close, embedder, faces, gradients
 

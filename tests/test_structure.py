@@ -7,12 +7,14 @@ import torch
 
 from cemiface.recognition.backbones import backbone
 from cemiface.generation.conditioning import GENERATORS, face_conditioner, face_unet
-from cemiface.study.tasks import PROFILES, Study
+from cemiface.study.profiles import PROFILES
+from cemiface.study.study import Study
 from cemiface.paper.structure import draw_structure, levels, module_table, structure, watched
 from cemiface.paper.training import MS, NETWORKS
-from cemiface.generation.pipeline import shipped_pipeline
+from cemiface.generation.shipped import shipped_pipeline
 from cemiface.paper.published import published
-from cemiface.study.run import Finding, reproduce
+from cemiface.core.report import Finding
+from cemiface.paper.reproduce import reproduce
 
 SMOKE = PROFILES["smoke"]
 RESULTS = ["table10", "dynamics", "figure3"]

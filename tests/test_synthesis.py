@@ -15,13 +15,15 @@ import torch
 from diffusers import DDPMScheduler, UniPCMultistepScheduler
 from safetensors.torch import save_file
 
-from cemiface.data import images as image_files; from cemiface.sets import synthesis
+from cemiface.core import files
+from cemiface.sets import synthesis
 from cemiface.generation.conditioning import GENERATORS
 from cemiface.data.faceset import FaceSet, open_faces
 from cemiface.generation.pipeline import untrained_pipeline
 from cemiface.data.images import list_folder, read_image
 from cemiface.sets.layout import image_file, image_seed
-from cemiface.sets.synthesis import contact_sheet, image_noise, m_grid, model_hash, plot_m_grid, save_contact_sheet
+from cemiface.sets.synthesis import contact_sheet, m_grid, model_hash, plot_m_grid, save_contact_sheet
+from cemiface.generation.diffusion import image_noise
 from small import SIZE, content, inquiries, make
 
 diffusers.utils.logging.disable_progress_bar()
@@ -174,7 +176,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_after_it(pipe, tmp_path, monkey
         writes.append(1)
         if len(writes) > 6: raise OSError(errno.ENOSPC, "No space left on device")
         fsync(fd)
-    monkeypatch.setattr(image_files.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device.*free some space") as e: make(pipe, out)
     assert e.value.errno == errno.ENOSPC and 0 < len(list(out.glob("*/*.png"))) < 15
     monkeypatch.undo()
@@ -185,7 +187,7 @@ def test_a_read_only_folder_is_told_before_anything_is_drawn(pipe, tmp_path, mon
     calls = []
     monkeypatch.setattr(synthesis, "draw", lambda *a: calls.append(1))
     def read_only(*a, **kw): raise OSError(errno.EROFS, "Read-only file system")
-    monkeypatch.setattr(image_files.os, "replace", read_only)
+    monkeypatch.setattr(files.os, "replace", read_only)
     with pytest.raises(OSError, match="Read-only file system"): make(pipe, tmp_path/"set")
     assert not calls
 
@@ -202,7 +204,8 @@ def test_m_grid_and_its_figure(pipe, tmp_path):
     faces, ms, seeds = inquiries(2).images, [1., 0., -1.], [4, 5]
     grid = m_grid(pipe, faces, ms, seeds, steps=2)
     assert grid.shape == (2, 3, 3, SIZE, SIZE) and grid.dtype == torch.uint8
-    assert torch.equal(grid[1], m_grid(pipe, faces[1], ms, seeds[1:], steps=2)[0])
+    alone = m_grid(pipe, faces[1], ms, seeds[1:], steps=2)[0]
+    assert (grid[1].int() - alone.int()).abs().max() <= 1  # another batch size may round another way
     with pytest.raises(ValueError, match="2 inquiries for 3 seeds"): m_grid(pipe, faces, ms, [1, 2, 3], steps=2)
     left, right = plot_m_grid(grid, faces, ms).axes
     assert [t.get_text() for t in left.get_xticklabels() + right.get_xticklabels()] == ["inquiry", "m = 1", "m = 0", "m = \N{MINUS SIGN}1"]

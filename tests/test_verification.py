@@ -15,8 +15,8 @@ from sklearn.model_selection import KFold
 from cemiface.data.images import encode_image
 from cemiface.data.pairs import pair_set
 from cemiface.core.figures import figure_style
-from cemiface.recognition.verification import (_accept_counts, _far_thresholds, _fold_index, bench_verification, bootstrap_ci, check_sets, evaluate, over_seeds, pair_distances,
-                                   plot_verification, reference_verification, results_table, verify, verify_distances, verify_sets)
+from cemiface.recognition.verification import _accept_counts, _far_thresholds, _fold_index, bootstrap_ci, check_sets, evaluate, over_seeds, pair_distances, plot_verification, reference_verification, results_table, verify, verify_distances, verify_sets
+from cemiface.bench.recognition import bench_verification
 
 
 @st.composite

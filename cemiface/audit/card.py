@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .similarity import BUCKETS, achieved_similarity
 from ..data.faceset import FaceSet
-from ..data.images import decode_image, write_whole
+from ..data.images import decode_image
+from ..core.files import write_whole
 from ..sets.stored import read_row, read_set
 from ..recognition.training import embed
 from ..data.recordio import RecordFile

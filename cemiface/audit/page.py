@@ -10,31 +10,33 @@ __all__ = ['PARTS', 'is_generated', 'open_generated', 'check_inquiries', 'finite
 
 # %% ../../nbs/audit/04_page.ipynb #5cd02bce
 import hashlib
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
+from functools import cached_property
+from dataclasses import dataclass
+from importlib.metadata import version
 
+from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
-from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import nn, Tensor
+import torch
 
-from .similarity import (LOOKS, achieved_similarity, class_cosines, control_curve, first_pictures, frechet_distance, frechet_of_moments, look_table,
-                            plot_class_cosines, plot_control, plot_looks, plot_tsne, read_moments, tsne_points)
-from .card import SetImages
-from ..data.faceset import FaceSet, choose
-from ..recognition.groups import cos_to_centre
-from ..data.images import write_whole
-from ..sets.stored import read_set
-from .leakage import FMR, Leakage, factor_table, fit_factors, leakage, plot_leakage, some_impostors, template_images, templates
-from ..recognition.training import embed
-from ..study.run import Finding, html_page, write_finding
 from ..core.figures import figure_style, m_colours
+from ..core.files import write_whole
+from ..core.report import Finding, html_page, write_finding
+from ..data.faceset import choose, FaceSet
+from ..recognition.groups import cos_to_centre
+from ..recognition.training import embed
+from ..sets.stored import read_set
 from ..sets.synthesis import contact_sheet
+from .card import SetImages
+from .leakage import (factor_table, fit_factors, FMR, Leakage, leakage, plot_leakage, some_impostors,
+                                    template_images, templates)
+from .similarity import (achieved_similarity, class_cosines, control_curve, first_pictures,
+                                       frechet_distance, frechet_of_moments, look_table, LOOKS, plot_class_cosines,
+                                       plot_control, plot_looks, plot_tsne, read_moments, tsne_points)
 
 # %% ../../nbs/audit/04_page.ipynb #8e736174
 def is_generated(source:str)->bool: # finished or not

@@ -7,30 +7,35 @@ __all__ = ['BATCH', 'KINDS', 'generator_cost', 'unet_and_input', 'bench_sampling
            'bench_generator_training', 'bench_steps', 'bench_accuracy', 'generator_parts', 'run_bench_generator']
 
 # %% ../../nbs/bench/02_generator.ipynb #d570a80e
-import json
-import os
-import tempfile
+import json, os, tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile, ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..audit.similarity import frechet_distance
-from ..recognition.backbones import backbone
-from .recognition import DTYPES, alone, bench_device, machine, matmul_peak, repeat_for
-from ..generation.conditioning import GENERATORS, face_conditioner, face_unet
-from ..data.faceset import FaceSet, open_faces, to_float
-from ..study.tasks import PROFILES, Profile, Study, accuracies
-from ..data.images import write_whole
-from ..generation.pipeline import SAMPLERS, CemiFacePipeline, ddim_scheduler, denoise, identity_embedding, sample_embeddings, shipped_pipeline
+from ..core.files import write_whole
+from ..core.machine import default_device, machine
 from ..world.faces import world_faces
-from ..generation.simmat import Denoiser, SimMatConfig, train_generator
+from ..data.faceset import FaceSet, open_faces, to_float
+from ..recognition.backbones import backbone
+from ..generation.calibration import sample_embeddings
+from ..generation.conditioning import face_conditioner, face_unet, GENERATORS, identity_embedding
+from ..generation.diffusion import ddim_scheduler, denoise, SAMPLERS
+from ..generation.pipeline import CemiFacePipeline
+from ..generation.shipped import shipped_pipeline
+from ..generation.simmat import SimMatConfig
+from ..generation.training import Denoiser
 from ..sets.synthesis import generate_set
+from ..audit.similarity import frechet_distance
+from ..study.profiles import Profile, PROFILES
+from ..study.study import Study
+from ..study.tasks import accuracies
+from .recognition import alone, DTYPES, matmul_peak, repeat_for
+from ..generation.training import train_generator
 
 # %% ../../nbs/bench/02_generator.ipynb #07b244e4
 def generator_cost(
@@ -54,7 +59,7 @@ BATCH = dict(cuda=dict(smoke=1024, laptop=1024, gpu=512, paper=256), cpu=dict(sm
 def unet_and_input(name:str, precision:str, channels_last:bool, batch_size:int)->tuple: # UNet, noise, tokens
     "A UNet with random weights and what it takes, on the device."
     config, layout = GENERATORS[name], torch.channels_last if channels_last else torch.contiguous_format
-    kw = dict(device=bench_device(), dtype=DTYPES[precision])
+    kw = dict(device=default_device(), dtype=DTYPES[precision])
     unet = torch.nn.Module.to(face_unet(config).eval(), **kw, memory_format=layout) # diffusers' own `to` warns of nothing
     return unet, torch.randn(batch_size, 3, config.size, config.size, **kw).contiguous(memory_format=layout), torch.randn(batch_size, config.tokens, config.cond_dim, **kw)
 
@@ -68,7 +73,7 @@ def bench_sampling(
     steps:int=20, # of the image whose rate is given
 )->dict:
     "Images a second of `denoise`, and their share of the machine's peak."
-    device = bench_device()
+    device = default_device()
     batch_size, evaluations = batch_size or BATCH[device][name], evaluations or (20 if device == "cuda" else 1 if name == "paper" else 2)
     unet, noise, tokens = unet_and_input(name, precision, channels_last, batch_size)
     if compile: unet.compile()
@@ -87,7 +92,7 @@ def where_sampling_goes(
 )->pd.Series: # share of the time of one evaluation, by kind of operation
     "Profile of one evaluation of the UNet, channels-last."
     os.environ.setdefault("KINETO_LOG_LEVEL", "99") # the profiler speaks to stderr otherwise
-    device = bench_device()
+    device = default_device()
     unet, x, tokens = unet_and_input(name, precision, True, batch_size or BATCH[device][name])
     with torch.inference_mode():
         unet(x, 500, encoder_hidden_states=tokens)
@@ -106,8 +111,8 @@ def bench_generator_training(
     compile:bool=False, # torch.compile
 )->dict:
     "Images a second of `train_generator`, in bf16 with channels last, and their share of the machine's peak."
-    cuda, config, cost, teacher = bench_device() == "cuda", GENERATORS[name], generator_cost(name), PROFILES[name].teacher
-    batch_size, steps = batch_size or min(160, BATCH[bench_device()][name]), steps or (20 if cuda else 2)
+    cuda, config, cost, teacher = default_device() == "cuda", GENERATORS[name], generator_cost(name), PROFILES[name].teacher
+    batch_size, steps = batch_size or min(160, BATCH[default_device()][name]), steps or (20 if cuda else 2)
     extrapolated = name == "paper" and not cuda
     if extrapolated: rate = bench_sampling(name, precision, True, steps=1, batch_size=1)["images_per_s"] * cost["gflop_evaluation"] / cost["gflop_trained"]
     else:
@@ -127,7 +132,7 @@ def bench_steps(
     ms:tuple[float, ...]=(1., 0., -1.), # similarity factors
 )->dict: # achieved cosine at each m, distance to rendered faces, milliseconds an image
     "The shipped generator with one sampler: what it achieves, and what it costs."
-    pipe, n = shipped_pipeline().to(bench_device()), inquiries * len(ms)
+    pipe, n = shipped_pipeline().to(default_device()), inquiries * len(ms)
     size, judge = pipe.unet.config.sample_size, lambda x: identity_embedding(pipe.recogniser, x, None).float().cpu()
     real = judge(to_float(world_faces("casia", n, 1, size, first=20_000).images))
     if sampler == "rendered": return dict(sampler=sampler, frechet=round(frechet_distance(judge(to_float(world_faces("casia", n, 1, size, first=30_000).images)), real), 4))
@@ -170,7 +175,7 @@ def generator_parts(
     walks = [("rendered", 0), *(("DDIM", n) for n in (5, 10, 20, 50)), *((s, n) for s in ("DPM-Solver++", "UniPC") for n in (5, 10))]
     trained = [*(("DDIM", n) for n in (5, 10, 20)), *(("DPM-Solver++", n) for n in (5, 10)), ("UniPC", 10)]
     return dict(sampling=[(bench_sampling, dict(name=n, precision=p, channels_last=c, compile=k, **some)) for n in configurations for p, c, k in ways],
-                training=[(bench_generator_training, dict(name=n, precision=p, compile=k, **some)) for n in configurations for k in [False] + [True] * (compile and bench_device() == "cuda") for p in each],
+                training=[(bench_generator_training, dict(name=n, precision=p, compile=k, **some)) for n in configurations for k in [False] + [True] * (compile and default_device() == "cuda") for p in each],
                 steps=[(bench_steps, dict(sampler=s, steps=n)) for s, n in walks],
                 accuracy=[(bench_accuracy, dict(sampler=s, steps=n)) for s, n in trained])
 

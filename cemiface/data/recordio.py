@@ -18,7 +18,7 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-from .images import write_whole
+from ..core.files import write_whole
 
 # %% ../../nbs/data/02_recordio.ipynb #500d5d62
 MAGIC, LONGEST = 0xced7230a, 2**29-1   # starts every part of a record; the most bytes that one part can hold

@@ -5,28 +5,30 @@
 # %% auto #0
 __all__ = ['style_map', 'patch_statistics', 'style_cells', 'DCFaceConditioner', 'portraits', 'identity_image', 'identity_loss',
            'DCFaceConfig', 'grid_of', 'DCFace', 'train_dcface', 'start_from', 'StyleBank', 'style_bank',
-           'DCFacePipeline', 'style_grid', 'save_beside', 'load_beside', 'shipped_dcface']
+           'DCFacePipeline', 'style_grid']
 
 # %% ../../nbs/generation/07_dcface.ipynb #2ff83b2b
 import math
-from pathlib import Path
 from typing import Any
+from pathlib import Path
 
-import cemiface, torch
-from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers import (ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin,
+                       UNet2DConditionModel)
 from diffusers.configuration_utils import register_to_config
 from pydantic import Field
 from torch import nn, Tensor
+import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from ..recognition.backbones import IResNet, stage_strides
-from .conditioning import GeneratorConfig
 from ..data.faceset import FaceSet, to_float, to_uint8
+from ..recognition.backbones import IResNet, stage_strides
 from ..recognition.groups import class_centres, cos_to_centre
-from .pipeline import CemiFacePipeline, OwnModels, as_output, denoise, identity_embedding, shipped_pipeline, starting_noise
-from .simmat import TrainingConfig, embed_both, similarity, train_generator
-from ..sets.synthesis import image_noise
+from .conditioning import GeneratorConfig, identity_embedding
+from .diffusion import denoise, image_noise, starting_noise
+from .pipeline import as_output, CemiFacePipeline, OwnModels
+from .simmat import similarity, TrainingConfig
+from .training import embed_both
+from .training import train_generator
 
 # %% ../../nbs/generation/07_dcface.ipynb #66d55446
 def style_map(
@@ -293,27 +295,3 @@ def style_grid(
     noise = image_noise(seeds, pipe.unet.config.sample_size)
     rows = [pipe(embeddings=e.expand(n, -1), styles=to_float(styles), noise=z.expand(n, -1, -1, -1), num_inference_steps=steps, output_type="pt").images for e, z in zip(emb, noise)]
     return to_uint8(torch.stack(rows).flatten(0, 1)).cpu().unflatten(0, (len(inquiries), n))
-
-# %% ../../nbs/generation/07_dcface.ipynb #c7d01833
-def save_beside(
-    pipe:DCFacePipeline,
-    folder:str|Path, # gets unet/, conditioner/ and bank/
-)->None:
-    "Write what is the baseline's own, in half precision. The pipeline is left in half precision."
-    for name in ("unet", "conditioner", "bank"): getattr(pipe, name).half().save_pretrained(Path(folder)/name)
-
-def load_beside(
-    folder:str|Path,       # written by `save_beside`
-    pipe:CemiFacePipeline, # gives recogniser and scheduler
-)->DCFacePipeline: # in float32, on the CPU
-    "The baseline of a folder with the recogniser and the sampler of the generator it is compared with. OSError if the folder lacks a part."
-    missing = [name for name in ("unet", "conditioner", "bank") if not (Path(folder)/name/"config.json").is_file()]
-    if missing: raise OSError(f"{folder} holds no baseline (no {missing[0]}/config.json): give a folder written by save_beside")
-    read = lambda kind, name: kind.from_pretrained(folder, subfolder=name, use_safetensors=True, local_files_only=True, dtype=torch.float32)
-    return DCFacePipeline(read(UNet2DConditionModel, "unet"), read(DCFaceConditioner, "conditioner"), pipe.recogniser, pipe.scheduler, read(StyleBank, "bank"))
-
-def shipped_dcface()->DCFacePipeline:
-    "The baseline trained for this package. OSError if this installation does not hold its weights."
-    folder = Path(cemiface.__file__).parent/"weights"/"dcface"
-    if not folder.is_dir(): raise OSError(f"no weights in {folder}: install a release that holds them, or train the baseline with train_dcface")
-    return load_beside(folder, shipped_pipeline())

@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student_t
 
-from ..study.tasks import Study
+from ..study.study import Study
 from .published import trusted
-from ..study.run import Finding, result
+from ..core.report import Finding
+from ..study.results import result
 from .inquiry_sources import from_source
 from .methods import METHODS, ROWS, VOLUMES, volume_training
 from .settings import trainings

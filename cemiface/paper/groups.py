@@ -9,11 +9,13 @@ __all__ = ['by_rank', 'yardstick', 'table9', 'table1', 'figure2']
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from ..study.tasks import Study
+from ..study.study import Study
 from ..recognition.groups import group_table, plot_groups
 from ..world.faces import NUISANCE
 from .published import published
-from ..study.run import Finding, over_seeds, rank_agreement, result
+from ..core.report import Finding
+from .statistics import over_seeds, rank_agreement
+from ..study.results import result
 
 # %% ../../nbs/paper/03_groups.ipynb #a007513d
 def by_rank(measured:pd.DataFrame, # one row a group, most similar first

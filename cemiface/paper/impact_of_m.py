@@ -15,9 +15,11 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
 from ..audit.similarity import ControlCurve, control_curve, plot_control, plot_tsne, tsne_points
-from ..study.tasks import Study
+from ..study.study import Study
 from .published import beside, published, trusted
-from ..study.run import Finding, over_seeds, rank_agreement, result
+from ..core.report import Finding
+from .statistics import over_seeds, rank_agreement
+from ..study.results import result
 from ..sets.synthesis import plot_m_grid
 from ..core.figures import figure_style, m_colours
 

@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from ..study.tasks import Study
+from ..study.study import Study
 from .impact_of_m import achieved
 from .methods import plot_rows
 from .settings import ablation, went_on
-from ..study.run import Finding, result
+from ..core.report import Finding
+from ..study.results import result
 from ..core.figures import figure_style
 from ..sets.synthesis import contact_sheet
 

@@ -18,13 +18,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..audit.similarity import BUCKETS, LOOKS, achieved_similarity, first_pictures, first_rows, frechet_distance, look_table, plot_looks
-from ..study.tasks import Study
+from ..study.study import Study
 from ..recognition.groups import cos_to_centre
 from ..audit.leakage import person_means
 from .impact_of_m import achieved
 from .settings import margin, seen, settings_table
 from .published import published
-from ..study.run import Finding, over_seeds, rank_agreement, result
+from ..core.report import Finding
+from .statistics import over_seeds, rank_agreement
+from ..study.results import result
 from ..core.figures import figure_style
 
 # %% ../../nbs/paper/07_methods.ipynb #dbf0f26b

@@ -15,9 +15,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
-from ..study.tasks import Study
+from ..study.study import Study
 from .published import trusted
-from ..study.run import Finding, over_seeds, rank_agreement, result
+from ..core.report import Finding
+from .statistics import over_seeds, rank_agreement
+from ..study.results import result
 from ..core.figures import figure_style
 
 # %% ../../nbs/paper/05_settings.ipynb #69de62f4

@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from ..recognition.backbones import backbone
 from ..generation.conditioning import GENERATORS, face_conditioner, face_unet
 from ..data.faceset import to_float
-from ..study.tasks import PROFILES, Profile, Study
-from ..generation.pipeline import ddim_scheduler
+from ..study.profiles import PROFILES, Profile
+from ..study.study import Study
+from ..generation.diffusion import ddim_scheduler
 from ..world.faces import world_faces
-from ..study.run import Finding, result
-from ..generation.simmat import Denoiser, m_grid, noise_scheduler
+from ..core.report import Finding
+from ..study.results import result
+from ..generation.training import Denoiser
+from ..generation.simmat import m_grid
+from ..generation.diffusion import noise_scheduler
 from ..core.figures import figure_style
 
 # %% ../../nbs/paper/09_structure.ipynb #2f9b912c

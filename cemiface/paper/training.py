@@ -13,10 +13,12 @@ import pandas as pd
 import torch
 
 from ..recognition.backbones import backbone
-from ..study.tasks import Study
+from ..study.study import Study
 from .settings import seen
 from .published import beside, published
-from ..study.run import Finding, over_seeds, result
+from ..core.report import Finding
+from .statistics import over_seeds
+from ..study.results import result
 from ..core.figures import figure_style, m_colours
 
 # %% ../../nbs/paper/08_training.ipynb #85a8ed9c

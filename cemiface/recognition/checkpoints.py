@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .backbones import UNITS, IResNet
-from ..data.images import write_whole
+from ..core.files import write_whole
 from .training import Trained, save_recogniser
 
 # %% ../../nbs/recognition/04_checkpoints.ipynb #7f59d7e8

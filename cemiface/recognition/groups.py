@@ -4,29 +4,24 @@
 
 # %% auto #0
 __all__ = ['cos_to_centre', 'class_centres', 'check_centres', 'similarity_groups', 'subject_groups', 'group_table',
-           'group_samples', 'plot_groups', 'write_groups', 'bench_groups']
+           'group_samples', 'plot_groups', 'write_groups']
 
 # %% ../../nbs/recognition/06_groups.ipynb #11d8fa21
-import json
-import subprocess
-import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from torch import Tensor
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from ..core.figures import figure_style, m_colours
 from ..data.convert import convert, fitted
 from ..data.records import Encoded, open_encoded
-from ..core.figures import figure_style, m_colours
 
 # %% ../../nbs/recognition/06_groups.ipynb #a65f4f9b
 def _blocks(emb:Tensor|np.ndarray, # [N,D]
@@ -212,37 +207,3 @@ def write_groups(encoded:Encoded, # the set, from `open_encoded`
     places = [out / f"group_{g}{'.txt' * (to == 'list')}" for g in range(len(parts))]
     there = [None if to == "list" else _already(part, place) for part, place in zip(parts, places)]
     return [found or convert(part, place, to, strict=True, progress=progress) for found, part, place in zip(there, parts, places)]
-
-# %% ../../nbs/recognition/06_groups.ipynb #dd906d13
-def _timed_groups(folder:str, on_disk:bool, threads:int)->dict:
-    "Seconds of each part on the embeddings in a folder."
-    torch.set_num_threads(threads)
-    emb, labels, marks = np.load(f"{folder}/emb.npy", mmap_mode="r" if on_disk else None), torch.from_numpy(np.load(f"{folder}/labels.npy")), [time.perf_counter()]
-    def mark(result): marks.append(time.perf_counter()); return result
-    centres = mark(class_centres(emb, labels))
-    mark(check_centres(emb, labels, centres))
-    cos = mark(cos_to_centre(emb, labels, centres))
-    groups = mark(similarity_groups(cos, labels))
-    mark(group_table(cos, labels, groups))
-    return dict(zip(("centres", "check", "cosines", "groups", "table"), np.diff(marks).tolist())) | {"total": marks[-1] - marks[0]}
-
-# %% ../../nbs/recognition/06_groups.ipynb #64298cde
-def bench_groups(images:int=490_000,
-    subjects:int=10_572,
-    dim:int=512,
-    on_disk:bool=False, # embeddings in a memory-mapped file instead of in memory
-    threads:int=1, # of torch
-)->dict: # seconds of each part and in total; peak_gb of the process
-    "Time and memory of the similarity groups of a set of this size, in a process of its own."
-    rng = np.random.default_rng(0)
-    labels, centres = rng.permutation(np.arange(images) % subjects), rng.standard_normal((subjects, dim), np.float32)
-    code = ("import json, sys; from cemiface.data.convert import peak_rss; from cemiface.recognition.groups import _timed_groups; r = _timed_groups(sys.argv[1], sys.argv[2] == 'True', int(sys.argv[3])); "
-            "print(json.dumps(r | {'peak_gb': peak_rss() / 1024}))")
-    with tempfile.TemporaryDirectory() as folder:
-        emb = np.lib.format.open_memmap(f"{folder}/emb.npy", "w+", np.float32, (images, dim))
-        for i in range(0, images, 8192): emb[i:i+8192] = centres[labels[i:i+8192]] + 1.5 * rng.standard_normal((len(labels[i:i+8192]), dim), np.float32)
-        np.save(f"{folder}/labels.npy", labels)
-        del emb
-        run = subprocess.run([sys.executable, "-c", code, folder, str(on_disk), str(threads)], capture_output=True, text=True)
-    if run.returncode: raise RuntimeError(f"the benchmark's process failed: {run.stderr[-500:]}")
-    return dict(images=images, subjects=subjects, dim=dim) | json.loads(run.stdout)

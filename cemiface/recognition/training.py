@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from .backbones import BACKBONES, IResNet, backbone, folded
 from ..data.faceset import AUGMENT_DRAWS, FaceSet, augment, batches, lookups, to_float
 from .margins import MARGINS, correct, margin_head
-from ..data.images import write_whole
+from ..core.files import write_whole
 from ..core.figures import figure_style
 
 # %% ../../nbs/recognition/03_training.ipynb #cda02408

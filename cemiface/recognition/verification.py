@@ -5,27 +5,26 @@
 # %% auto #0
 __all__ = ['FIVE', 'CASIA_AVG', 'pair_distances', 'Verification', 'verify_distances', 'verify', 'reference_verification',
            'bootstrap_ci', 'plot_cosines', 'plot_verification', 'check_sets', 'verify_sets', 'results_table',
-           'evaluate', 'over_seeds', 'bench_verification']
+           'evaluate', 'over_seeds']
 
 # %% ../../nbs/recognition/05_verification.ipynb #5652fb9d
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 from torch import Tensor
+import torch
 
+from ..core.figures import figure_style, m_colours
 from ..data.pairs import PairImages, PairSet
 from .training import embed
-from ..core.figures import figure_style, m_colours
 
 # %% ../../nbs/recognition/05_verification.ipynb #eea2555c
 def pair_distances(emb:Tensor|np.ndarray, # [2P,D], pair i = rows 2i and 2i+1; normalised here
@@ -306,30 +305,3 @@ def over_seeds(tables:list[pd.DataFrame], # of `evaluate`, one a seed
     half = stats.t.ppf((1 + level) / 2, n - 1) * std / n ** .5
     ends = (0, 100) if column.startswith(("accuracy", "auc", "tar@")) else (-np.inf, np.inf)
     return pd.DataFrame(dict(mean=mean, std=std, ci_low=(mean - half).clip(*ends), ci_high=(mean + half).clip(*ends), seeds=n))
-
-# %% ../../nbs/recognition/05_verification.ipynb #cab5d873
-def bench_verification(pairs:int=7000, # of CFP-FP
-    dim:int=512,
-    repeats:int=5, # of ours; the fastest counts
-)->dict: # seconds and ratios
-    "Time of the protocol with both TARs, ours (AUC included) and in plain loops, from the same distances; and of the distances from embeddings."
-    rng = np.random.default_rng(0)
-    issame = np.arange(pairs) * 20 // pairs % 2 == 0
-    emb = rng.normal(size=(2 * pairs, dim)).astype(np.float32)
-    emb[1::2] += np.where(issame, .8, 0)[:, None] * emb[0::2]
-
-    def fastest(f):
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            result = f()
-            times.append(time.perf_counter() - start)
-        return result, min(times)
-
-    distance, embeddings = fastest(lambda: pair_distances(emb))
-    ours, vectorised = fastest(lambda: verify_distances(distance, issame))
-    start = time.perf_counter()
-    accuracy, _, tars, _ = reference_verification(distance, issame)
-    loops = time.perf_counter() - start
-    return dict(pairs=pairs, seconds_loops=loops, seconds_ours=vectorised, times_faster=loops / vectorised, seconds_distances=embeddings,
-        equal=bool((accuracy == ours.fold_accuracy).all() and tars == ours.tar_at_far))

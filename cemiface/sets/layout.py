@@ -22,7 +22,8 @@ import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.images import encode_image, write_whole
+from ..data.images import encode_image
+from ..core.files import write_whole
 from ..data.recordio import RecordWriter, pack_image, read_payload, scan_records
 from ..data.records import Files
 
