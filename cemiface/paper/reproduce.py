@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CORE', 'facts', 'artifacts', 'page', 'missing', 'told_missing', 'with_data', 'chosen_results', 'list_results',
-           'findings_of', 'reproduce', 'summary', 'shown']
+           'findings_of', 'reproduce', 'summary', 'fingerprint', 'shown']
 
 # %% ../../nbs/paper/11_reproduce.ipynb #c6e21fee
-import os, platform, re, sys, tempfile, time
+import hashlib, json, os, platform, re, sys, tempfile, time
 from typing import Callable
 from pathlib import Path
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..core.files import write_whole
 from ..core.machine import default_device, device_name
-from ..core.report import Finding, html_page, told, write_finding
+from ..core.report import duration, Finding, html_page, write_finding
 from ..study.jobs import Cluster, gpu_shares
 from ..study.plan import gpus_of, plan, show_plan, show_results
 from ..study.profiles import Profile
@@ -38,7 +38,7 @@ def facts(study:Study, seconds:float, devices:list[str])->dict[str, str]:
     return {"profile": f"{study.name}: {p.size} px, {study.kind}" + ("" if study.real else " (benchmarks are proc-LFW and so on, not the paper's)"),
             "seeds": f"{len(study.seeds)}; every accuracy is of the last epoch, its spread the standard deviation over seeds",
             "recogniser and generator": "shipped with the package" if study.shipped else "trained by this run" if not study.brought("recogniser") else f"{study.brought('recogniser').title}, and a generator trained by this run",
-            **({"files": "; ".join(map(str, study.files.used()))} if study.files.used() else {}), "device": "; ".join(devices), "versions": f"Python {platform.python_version()}, {libraries}", "this run took": told(seconds)}
+            **({"files": "; ".join(map(str, study.files.used()))} if study.files.used() else {}), "device": "; ".join(devices), "versions": f"Python {platform.python_version()}, {libraries}", "this run took": duration(seconds)}
 
 # %% ../../nbs/paper/11_reproduce.ipynb #59b7603d
 def artifacts(study:Study, r:Result)->pd.DataFrame: # artifact, identity
@@ -130,7 +130,7 @@ def reproduce(
     if not dry_run: chosen = with_data(study, chosen, lacking)
     steps, gpus = plan(study, chosen, jobs, bench, cluster), gpus_of(bench, cluster)
     say(f"cemiface reproduce: profile {study.name} ({study.profile.size} px) on {'the machine of ' + ', '.join(map(str, bench)) if bench else cluster or default_device()}, {seeds} seed(s), {len(chosen)} results, {jobs} at a time\n"
-        f"{show_plan(steps)}\n  in all about {told(sum(s.seconds for s in steps) / jobs)}{f' ({gpus * sum(s.seconds for s in steps) / 3600:,.1f} GPU-hours)' if gpus else ''}; everything is kept in {study.out/'cache'}")
+        f"{show_plan(steps)}\n  in all about {duration(sum(s.seconds for s in steps) / jobs)}{f' ({gpus * sum(s.seconds for s in steps) / 3600:,.1f} GPU-hours)' if gpus else ''}; everything is kept in {study.out/'cache'}")
     if dry_run: return say(show_results(study, chosen, steps, gpus)) or {}
     try: failed = run_steps(study, steps, say, progress, jobs, cluster)
     except KeyboardInterrupt as e:
@@ -149,16 +149,25 @@ def summary(found:dict, folder:Path, seconds:float, failed:dict[str, str])->str:
     "The last lines: where, how long, the main numbers, the steps that failed."
     lines = [f"  {RESULTS[n].title}: {f if isinstance(f, str) else f.headline}" for n, f in found.items()]
     if failed: lines += ["Failed steps, which the same command tries again:", *(f"  {title}: {error}" for title, error in failed.items())]
-    return f"Done in {told(seconds)}.\n" + "\n".join(lines) + f"\nEverything is in {folder}: open {folder/'index.html'}"
+    return f"Done in {duration(seconds)}.\n" + "\n".join(lines) + f"\nEverything is in {folder}: open {folder/'index.html'}"
 
 # %% ../../nbs/paper/11_reproduce.ipynb #f6c2ca45
-def shown(names:list[str])->dict[str, Finding]:
-    "Findings for a notebook, and which profile, device and seeds they are of. Of a result that makes do with what is there, nothing is made."
+def fingerprint(study:Study, names:list[str])->str: # 8 hex digits
+    "Hash of every setting that these results are made with: of the tasks they need, or of the profile where they need none."
+    tasks = in_order([t for name in names for t in RESULTS[name].needs(study)])
+    settings = sorted(json.dumps(t.infra.config(uid=True, exclude_defaults=True), sort_keys=True, default=str) for t in tasks)
+    return hashlib.sha256("\n".join(settings or [study.profile.model_dump_json()]).encode()).hexdigest()[:8]
+
+def shown(names:list[str])->dict[str, Finding]: # by name
+    "Findings for a notebook, under a line that says which profile, device, seeds and settings they are of. Of a result that makes do with what is there, nothing is made."
+    from IPython.display import Markdown, display
+    # the run that the environment names, or a small one made here
     profile, out, seeds, data = (os.environ.get(f"CEMIFACE_{k}", v) for k, v in dict(PROFILE="smoke", OUT="", SEEDS="1", DATA="").items())
-    study, here = Study(profile, out or tempfile.mkdtemp(), int(seeds), data=data or None), chosen_results(names)
-    made = [r.name for r in here if not r.partial]
-    if made and not out: reproduce(profile, made, study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False, data=data or None)
-    print(f"profile {study.name}, {study.profile.size} px, {seeds} seed{'s' * (seeds != '1')}, {device_name()}")
-    ready = [r for r in here if r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
-    lacking = {r.name: Finding(f"Not made yet at this profile: cemiface reproduce {r.name} --profile {study.name} makes it; add --dry-run to see how long that takes.") for r in here if r not in ready}
+    study, results = Study(profile, out or tempfile.mkdtemp(), int(seeds), data=data or None), chosen_results(names)
+    make = [r.name for r in results if not r.partial]
+    if make and not out: reproduce(profile, make, study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False, data=data or None)
+    display(Markdown(f"*{', '.join(names)}: profile `{study.name}`, {study.profile.size} px, {seeds} seed{'s' * (seeds != '1')}, {device_name()}, settings `{fingerprint(study, names)}`*"))
+    # what it has not made is named with its command
+    ready = [r for r in results if r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
+    lacking = {r.name: Finding(f"Not made yet at this profile: `cemiface reproduce {r.name} --profile {study.name}` makes it; add `--dry-run` to see how long that takes.") for r in results if r not in ready}
     return {n: f if isinstance(f, Finding) else Finding(f) for n, f in (findings_of(study, ready, {}) | lacking).items()}

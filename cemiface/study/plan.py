@@ -15,7 +15,7 @@ import torch
 
 from ..core.files import write_whole
 from ..core.machine import default_device
-from ..core.report import told
+from ..core.report import duration
 from ..world.faces import world_faces
 from ..recognition.backbones import backbone, forward_flops
 from ..generation.conditioning import GENERATORS
@@ -123,7 +123,7 @@ def show_plan(steps:list[Step])->str:
     for of in kinds.values():
         todo, seconds = sum(not s.cached for s in of), sum(s.seconds for s in of)
         first = of[0].task.title + (f" ... ({len(of)} of this kind)" if len(of) > 1 else "")
-        lines.append(f"  {first:72} " + (f"{todo} to do, about {told(seconds)}".replace("about no", "hardly any") if todo else "in the cache"))
+        lines.append(f"  {first:72} " + (f"{todo} to do, about {duration(seconds)}".replace("about no", "hardly any") if todo else "in the cache"))
     return "\n".join(lines)
 
 def gpus_of(bench:tuple, cluster:Cluster|None=None)->int: # bench: JSON files of `cemiface bench`, or none
@@ -134,7 +134,7 @@ def gpus_of(bench:tuple, cluster:Cluster|None=None)->int: # bench: JSON files of
 def show_results(study:Study, results:list[Result], steps:list[Step], gpus:int=0)->str: # gpus: that a step holds, to count in their hours
     "Time of each result: alone, and after those before it, with which it shares tasks."
     seconds, seen, lines = {s.task.infra.uid(): s.seconds for s in steps}, set(), [f"  {'GPU-hours of each result' if gpus else '':72} {'alone':>8} {'added':>8}"]
-    said = (lambda s: f"{gpus * s / 3600:,.2f}" if s >= .5 else "-") if gpus else lambda s: told(s).replace("no time", "-")
+    said = (lambda s: f"{gpus * s / 3600:,.2f}" if s >= .5 else "-") if gpus else lambda s: duration(s).replace("no time", "-")
     for r in results:
         uids = {t.infra.uid() for t in in_order(r.needs(study))}
         alone, added = (said(sum(map(seconds.get, part))) for part in (uids, uids - seen))

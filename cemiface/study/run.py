@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.machine import default_device
-from ..core.report import told
+from ..core.report import duration
 from .jobs import attempt, Cluster, Jobs
 from .plan import machine_of, note_rate, Step, threads_per_job
 from .study import Study
@@ -86,7 +86,7 @@ def run_steps(study:Study, steps:list[Step], say:Callable=print, progress:bool=T
         if error: failed[uid] = error
         else: note_rate(study, machine_of(cluster), step.task.work()[0], took / step.task.work()[1])
         bar.update(min(step.seconds, bar.total - bar.n))
-        say(f"[{n - len(todo)}/{n}] {step.task.title}: " + (f"failed: {error}" if error else told(took)))
+        say(f"[{n - len(todo)}/{n}] {step.task.title}: " + (f"failed: {error}" if error else duration(took)))
     with workers(jobs, cluster, study.out/"jobs", say) as pool:
         while todo:
             for uid in list(waiting):
