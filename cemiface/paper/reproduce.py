@@ -25,7 +25,7 @@ from ..study.results import Result, RESULTS
 from ..study.run import default_jobs, run_steps
 from ..study.study import Study
 from ..study.tasks import in_order
-from ..study.user_files import Found
+from ..study.user_files import Entry
 
 # %% ../../nbs/paper/11_reproduce.ipynb #670c85bf
 from . import groups, impact_of_m, settings, inquiry_sources, methods, training, structure, claims # in the order of the page; each registers its results
@@ -37,7 +37,7 @@ def facts(study:Study, seconds:float, devices:list[str])->dict[str, str]:
     libraries = ", ".join(f"{n} {version(n)}" for n in ("cemiface", "torch", "diffusers", "exca"))
     return {"profile": f"{study.name}: {p.size} px, {study.kind}" + ("" if study.real else " (benchmarks are proc-LFW and so on, not the paper's)"),
             "seeds": f"{len(study.seeds)}; every accuracy is of the last epoch, its spread the standard deviation over seeds",
-            "recogniser and generator": "shipped with the package" if study.shipped else "trained by this run" if not study.brought("recogniser") else f"{study.brought('recogniser').title}, and a generator trained by this run",
+            "recogniser and generator": "shipped with the package" if study.shipped else "trained by this run" if not study.user_recogniser("recogniser") else f"{study.user_recogniser('recogniser').title}, and a generator trained by this run",
             **({"files": "; ".join(map(str, study.files.used()))} if study.files.used() else {}), "device": "; ".join(devices), "versions": f"Python {platform.python_version()}, {libraries}", "this run took": told(seconds)}
 
 # %% ../../nbs/paper/11_reproduce.ipynb #59b7603d
@@ -51,12 +51,12 @@ def page(study:Study, findings:dict[str, "Finding|str"], seconds:float, devices:
                      facts(study, seconds, devices), findings, {n: RESULTS[n].title for n in findings}, {n: artifacts(study, RESULTS[n]) for n, f in findings.items() if isinstance(f, Finding)})
 
 # %% ../../nbs/paper/11_reproduce.ipynb #54f92378
-def missing(study:Study, results)->dict[str, list[Found]]: # name of a result: what it lacks; of those that lack something
+def missing(study:Study, results)->dict[str, list[Entry]]: # name of a result: what it lacks; of those that lack something
     "What results need of the user's files that is not there, or cannot be used."
-    found = {r.name: study.lacks(r.needs(study)) for r in results} if study.real or study.files.given else {}
+    found = {r.name: study.missing_files(r.needs(study)) for r in results} if study.real or study.files.given else {}
     return {name: lacks for name, lacks in found.items() if lacks}
 
-def told_missing(lacking:dict[str, list[Found]])->str:
+def told_missing(lacking:dict[str, list[Entry]])->str:
     "Each file once, with the results that need it."
     files = {}
     for name, lacks in lacking.items():
@@ -64,7 +64,7 @@ def told_missing(lacking:dict[str, list[Found]])->str:
     said = lambda names: ", ".join(names[:5]) + f" and {len(names) - 5} others" * (len(names) > 5)
     return "\n".join(["Of the files that are needed, these are not there, or cannot be used:", *(f"  {f} ({said(names)})" for f, names in files.items())])
 
-def with_data(study:Study, chosen:list[Result], lacking:dict[str, list[Found]])->list[Result]:
+def with_data(study:Study, chosen:list[Result], lacking:dict[str, list[Entry]])->list[Result]:
     "The results that can be made. ValueError if none can."
     able = [r for r in chosen if r.name not in lacking]
     if able and (study.files.given or not lacking): return able

@@ -25,7 +25,7 @@ from .jobs import Cluster
 from .profiles import Profile
 from .results import Result
 from .study import Study
-from .tasks import in_order
+from .tasks import in_order, Task
 
 # %% ../../nbs/study/09_plan.ipynb #89a67393
 def _rates_path(study)->Path: return study.out/"cache"/"rates.json"
@@ -37,15 +37,15 @@ def machine_of(cluster:Cluster|None)->str: # what rates go by: cpu or cuda here,
 def known_rates(study, machine:str)->dict[str, float]:
     "Seconds per unit of work that earlier runs of this profile took there."
     path = _rates_path(study)
-    known = json.loads(path.read_text()) if path.exists() else {}
+    rates = json.loads(path.read_text()) if path.exists() else {}
     start = f"{study.name}/{machine}/"
-    return {k.removeprefix(start): v for k, v in known.items() if k.startswith(start)}
+    return {k.removeprefix(start): v for k, v in rates.items() if k.startswith(start)}
 
 def note_rate(study, machine:str, kind:str, rate:float):
     "Keep the rate of the step that just ended."
     path = _rates_path(study)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    write_whole(path, json.dumps(known | {f"{study.name}/{machine}/{kind}": rate}).encode())
+    rates = json.loads(path.read_text()) if path.exists() else {}
+    write_whole(path, json.dumps(rates | {f"{study.name}/{machine}/{kind}": rate}).encode())
 
 # %% ../../nbs/study/09_plan.ipynb #65e135b5
 def _seconds(call, units:int, precision:str="no")->float:
@@ -81,11 +81,11 @@ def threads_per_job(jobs:int)->int: return max(1, torch.get_num_threads() // job
 # %% ../../nbs/study/09_plan.ipynb #7d9eed9a
 def bench_rows(files)->list[tuple[str, dict]]: # part, one of its measurements
     "What the JSON files of `cemiface bench` hold. ValueError for a file that is none."
-    found = []
+    measured = []
     for path in files:
-        try: found += [(part, row) for part, rows in json.loads(Path(path).read_text()).items() if isinstance(rows, list) for row in rows if "images_per_s" in row]
+        try: measured += [(part, row) for part, rows in json.loads(Path(path).read_text()).items() if isinstance(rows, list) for row in rows if "images_per_s" in row]
         except (ValueError, AttributeError, TypeError): raise ValueError(f"{path} is not a file of cemiface bench: give its JSON") from None
-    return found
+    return measured
 
 def bench_rates(profile:Profile, files)->dict[str, float]:
     "Seconds per unit of work, as measured; only of what was."
@@ -103,7 +103,10 @@ def bench_rates(profile:Profile, files)->dict[str, float]:
 @dataclass
 class Step:
     "One task of the plan."
-    task: object; cached: bool; seconds: float = 0.; device: str = "" # where this run made it
+    task: Task
+    cached: bool
+    seconds: float = 0. # estimated
+    device: str = "" # where this run made it
 
 def plan(study:Study, results:list[Result], jobs:int=1, bench:tuple=(), cluster:Cluster|None=None)->list[Step]:
     "Every task that the results need, in order, with its state and estimated seconds."
@@ -133,11 +136,12 @@ def gpus_of(bench:tuple, cluster:Cluster|None=None)->int: # bench: JSON files of
 
 def show_results(study:Study, results:list[Result], steps:list[Step], gpus:int=0)->str: # gpus: that a step holds, to count in their hours
     "Time of each result: alone, and after those before it, with which it shares tasks."
-    seconds, seen, lines = {s.task.infra.uid(): s.seconds for s in steps}, set(), [f"  {'GPU-hours of each result' if gpus else '':72} {'alone':>8} {'added':>8}"]
-    said = (lambda s: f"{gpus * s / 3600:,.2f}" if s >= .5 else "-") if gpus else lambda s: told(s).replace("no time", "-")
+    seconds, before, lines = {s.task.infra.uid(): s.seconds for s in steps}, set(), [f"  {'GPU-hours of each result' if gpus else '':72} {'alone':>8} {'added':>8}"]
+    words = (lambda s: f"{gpus * s / 3600:,.2f}" if s >= .5 else "-") if gpus else lambda s: told(s).replace("no time", "-")
     for r in results:
         uids = {t.infra.uid() for t in in_order(r.needs(study))}
-        alone, added = (said(sum(map(seconds.get, part))) for part in (uids, uids - seen))
-        seen |= uids
-        lines.append(f"  {r.name + ': ' + r.title if len(r.name + r.title) < 70 else (r.name + ': ' + r.title)[:69] + '...':72} {alone:>8} {added:>8}")
+        alone, added = (words(sum(map(seconds.get, part))) for part in (uids, uids - before))
+        before |= uids
+        name = f"{r.name}: {r.title}"
+        lines.append(f"  {name if len(name) < 72 else name[:69] + '...':72} {alone:>8} {added:>8}")
     return "\n".join(lines)
