@@ -68,7 +68,7 @@ class Inquiries(Task):
     "One face each of new subjects, chosen so that every two have a cosine below a threshold (0.3 in the paper)."
     _exclude_from_cls_uid = ("source",)
     recogniser: TrainedRecogniser = Field(description="E_id, whose embeddings are kept")
-    world: str = Field(description="procedural world, or name of the user's set, of which one image a subject is used")
+    world: str = Field(description="procedural world, or name of the user's set, of which one image per subject is used")
     count: int = Field(description="inquiries wanted")
     candidates: int = Field(description="faces to choose from")
     size: int = Field(description="pixels")
@@ -101,7 +101,7 @@ class Inquiries(Task):
         tensors = self.tensors()
         return tensors if self.source is None else dict(emb=tensors["emb"], images=Picked(self.images(), tensors["rows"]))
 
-    def faces(self, count:int)->FaceSet: # the first `count`, one image a subject
+    def faces(self, count:int)->FaceSet: # the first `count`, one image per subject
         images = self.load()["images"]
         every = FaceSet(images, torch.arange(len(images)), [str(i) for i in range(len(images))], self.name)
         return every.subset(torch.arange(min(count, len(images))))

@@ -34,8 +34,8 @@ NEEDED = dict( # name: what it is, where one gets it
     casia=("CASIA-WebFace, 490k aligned faces of 10,572 subjects", "InsightFace's dataset zoo (faces_webface_112x112)"),
     vggface2=("VGGFace2, aligned faces", "InsightFace's dataset zoo (faces_vgg_112x112)"),
     flickr=("faces from Flickr to train on", _FLICKR),
-    webface_1shot=("inquiries, one image a subject of WebFace4M", "the WebFace260M project, on application"),
-    flickr_1shot=("inquiries, one image a person from Flickr", _FLICKR),
+    webface_1shot=("inquiries, one image per subject of WebFace4M", "the WebFace260M project, on application"),
+    flickr_1shot=("inquiries, one image per person from Flickr", _FLICKR),
     ddpm=("inquiries, faces of a diffusion model without condition", "DCFace's repository, stage1/unconditional_generation"),
     digiface=("DigiFace-1M, rendered faces: inquiries, and a set of Table 12", "Microsoft's DigiFace1M repository"),
     **{kind: (f"inquiries of Figure 8, {kind} photos", "your own choice of photos, aligned") for kind in ("clear", "blurred", "occluded", "turned", "painted")},
@@ -63,7 +63,7 @@ def open_images(
 def first_of_each(
     encoded:Encoded,
     subjects:int|None=None, # so many at most; None: all
-)->Encoded: # one image a subject
+)->Encoded: # one image per subject
     "The first image of every subject."
     return encoded.subset(torch.from_numpy(np.unique(encoded.labels.numpy(), return_index=True)[1][:subjects]))
 
@@ -178,7 +178,7 @@ def set_facts(
 )->tuple[str, int, int]: # fingerprint, subjects, images
     "ValueError or OSError if the set is of no use."
     encoded = open_images(path)
-    if labelled and len(encoded) == len(encoded.subjects): raise ValueError(f"{path} has one image a subject, nothing to learn a person from: put the images into a folder a subject")
+    if labelled and len(encoded) == len(encoded.subjects): raise ValueError(f"{path} has one image per subject, nothing to learn a person from: put the images into one folder per subject")
     return set_fingerprint(encoded), len(encoded.subjects), len(encoded)
 
 def pairs_path(root:Path, name:str)->Path: # of a benchmark, which need not exist
