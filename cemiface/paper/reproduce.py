@@ -25,18 +25,18 @@ from ..study.results import RESULTS, Result
 from ..study.run import default_jobs, run_steps
 from ..study.study import Study
 from ..study.tasks import in_order
-from ..study.user_files import Found
+from ..study.user_files import Entry
 
 # %% ../../nbs/paper/11_reproduce.ipynb #670c85bf
 from . import groups, impact_of_m, settings, inquiry_sources, methods, training, structure, claims # in the order of the page; each registers its results
 
 # %% ../../nbs/paper/11_reproduce.ipynb #54f92378
-def missing(study:Study, results)->dict[str, list[Found]]: # name of a result: what it lacks; of those that lack something
+def missing(study:Study, results)->dict[str, list[Entry]]: # name of a result: what it lacks; of those that lack something
     "What results need of the user's files that is not there, or cannot be used."
-    found = {r.name: study.lacks(r.needs(study)) for r in results} if study.real or study.files.given else {}
+    found = {r.name: study.missing_files(r.needs(study)) for r in results} if study.real or study.files.given else {}
     return {name: lacks for name, lacks in found.items() if lacks}
 
-def missing_text(lacking:dict[str, list[Found]])->str:
+def missing_text(lacking:dict[str, list[Entry]])->str:
     "Each file once, with the results that need it."
     files = {}
     for name, lacks in lacking.items():
@@ -44,7 +44,7 @@ def missing_text(lacking:dict[str, list[Found]])->str:
     said = lambda names: ", ".join(names[:5]) + f" and {len(names) - 5} others" * (len(names) > 5)
     return "\n".join(["Of the files that are needed, these are not there, or cannot be used:", *(f"  {f} ({said(names)})" for f, names in files.items())])
 
-def makeable(study:Study, chosen:list[Result], lacking:dict[str, list[Found]])->list[Result]:
+def makeable(study:Study, chosen:list[Result], lacking:dict[str, list[Entry]])->list[Result]:
     "The results that can be made. ValueError if none can."
     able = [r for r in chosen if r.name not in lacking]
     if able and (study.files.given or not lacking): return able
@@ -88,7 +88,7 @@ def _earlier_results(study:Study, chosen:list[Result])->list[Result]:
 # %% ../../nbs/paper/11_reproduce.ipynb #f6fcec41
 def about_run(study:Study, seconds:float, devices:list[str])->dict[str, str]:
     "What a reader has to know before believing a number."
-    p, brought = study.profile, study.brought("recogniser")
+    p, brought = study.profile, study.user_recogniser("recogniser")
     libraries = ", ".join(f"{n} {version(n)}" for n in ("cemiface", "torch", "diffusers", "exca"))
     made_by = "shipped with the package" if study.shipped else "trained by this run"
     if brought and not study.shipped: made_by = f"{brought.title}, and a generator trained by this run"
