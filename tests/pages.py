@@ -6,6 +6,9 @@ The sidebar of the site is made, too: a room is a section, its notebooks stand i
 import ast, contextlib, json, os, sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["results", "map", "api", "commands", "gallery"]
 SECTIONS = { # title: pages or folders
@@ -15,22 +18,35 @@ SECTIONS = { # title: pages or folders
     "Speed": ["bench"], "Command line": ["cli"]}
 
 
-def run(source:str)->str: # markdown
-    "What a page's cell puts out, run in the notebooks' folder."
-    *body, last = ast.parse(source).body
-    names = {}
-    with contextlib.chdir(ROOT / "nbs"):
-        exec(compile(ast.Module(body, []), "page", "exec"), names)
-        return eval(compile(ast.Expression(last.value), "page", "eval"), names).data
-
-
-def remade(name:str)->str: # the notebook's new text
-    "The page with its output made again."
+def run(name:str)->tuple[dict, dict]: # the notebook, the names that its cell defines
+    "A page with the output of its cell made again, in the notebooks' folder."
     notebook = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))
     [cell] = [c for c in notebook["cells"] if c["cell_type"] == "code"]
-    data = {"text/markdown": run("".join(cell["source"])).splitlines(keepends=True), "text/plain": ["<IPython.core.display.Markdown object>"]}
+    *body, last = ast.parse("".join(cell["source"])).body
+    names = {}
+    with contextlib.chdir(ROOT / "nbs"):
+        exec(compile(ast.Module(body, []), name, "exec"), names)
+        text = eval(compile(ast.Expression(last.value), name, "eval"), names).data
+    data = {"text/markdown": text.splitlines(keepends=True), "text/plain": ["<IPython.core.display.Markdown object>"]}
     cell["outputs"] = [dict(data=data, execution_count=None, metadata={}, output_type="execute_result")]
-    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return notebook, names
+
+
+def made()->dict[Path, str]: # path -> text
+    "Every page and the sidebar."
+    text = lambda name: json.dumps(run(name)[0], indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return {ROOT / "nbs/sidebar.yml": sidebar(), **{ROOT / "nbs" / f"{name}.ipynb": text(name) for name in PAGES}}
+
+
+def thumbnails()->dict[Path, Image.Image]: # path -> picture
+    "The pictures of the gallery, as the committed figures give them."
+    return {ROOT / "nbs" / path: picture for path, picture in run("gallery")[1]["thumbnails"].items()}
+
+
+def stale(path:Path, picture:Image.Image)->bool:
+    "Whether a file is no thumbnail of this picture, up to what JPEG loses."
+    if not path.exists(): return True
+    return np.abs(np.asarray(Image.open(path), float) - np.asarray(picture, float)).mean() > 4
 
 
 def sidebar()->str: # text of nbs/sidebar.yml
@@ -43,11 +59,15 @@ def sidebar()->str: # text of nbs/sidebar.yml
 
 
 def main(args:list[str])->int: # exit code
-    texts = {ROOT / "nbs/sidebar.yml": sidebar(), **{ROOT / "nbs" / f"{name}.ipynb": remade(name) for name in PAGES}}
-    old = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    texts, pictures = made(), thumbnails()
+    old = [p for p, text in texts.items() if not p.exists() or p.read_text(encoding="utf-8") != text] + [p for p, o in pictures.items() if stale(p, o)]
     if "--check" in args and old: print(f"out of date: {', '.join(p.name for p in old)}; run `python tests/pages.py`", file=sys.stderr)
     if "--check" in args: return int(bool(old))
-    for path in old: path.write_text(texts[path], encoding="utf-8")
+    for path in old:
+        path.parent.mkdir(exist_ok=True)
+        if path in texts: path.write_text(texts[path], encoding="utf-8")
+        else: pictures[path].save(path, quality=80)
+    for path in set((ROOT / "nbs/images/gallery").glob("*")) - set(pictures): path.unlink()
     return 0
 
 
