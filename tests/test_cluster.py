@@ -34,6 +34,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a job does not fi
 LOCAL = Cluster(kind="local")
 SIMMAT = PROFILES["smoke"].simmat.model_copy(update=dict(steps=6, batch_size=8))
 PROFILE = PROFILES["smoke"].model_copy(update=dict(simmat=SIMMAT, steps=2))
+pytestmark = pytest.mark.slow
 
 
 class Task:

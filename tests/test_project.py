@@ -40,6 +40,11 @@ def imported(path): # top-level packages that a module imports anywhere
         if isinstance(node, ast.Import): yield from (a.name.split(".")[0] for a in node.names)
         if isinstance(node, ast.ImportFrom) and node.level == 0: yield node.module.split(".")[0]
 
+def imported_by_cells(path): # top-level packages that a notebook imports at the start of a line
+    for cell in cells(path):
+        for names, package in re.findall(r"^[ \t]*(?:import ([\w., ]+)|from (\w+)[\w.]* import)", "".join(cell["source"]), re.M):
+            yield from [package] if package else (o.strip().split(" ")[0].split(".")[0] for o in names.split(","))
+
 
 # --- notebooks
 
@@ -217,6 +222,12 @@ def test_requirements(settings):
     used = {o for p in MODULES for o in imported(p)} - set(sys.stdlib_module_names) - {"cemiface"}
     extras = [Requirement(o).name for k in ("onnx_requirements", "align_requirements") for o in settings[k].split()]
     assert used <= {IMPORT_NAME.get(o, o) for o in [*run, *extras]}, "imported by the library, but not among its requirements"
+    unused = {o for o in run if IMPORT_NAME.get(o, o) not in used}
+    assert unused <= {"seaborn"}, "a requirement that the library does not import: drop it, or ask for it in development alone"
+    elsewhere = {o for p in sorted((ROOT / "tests").glob("*.py")) for o in imported(p)} | {o for p in NOTEBOOKS for o in imported_by_cells(p)}
+    own = {"cemiface", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+    with_others = {"yaml", "packaging", "cloudpickle", "IPython", "matplotlib_inline"} # come with nbdev, pytest, submitit and jupyter
+    assert elsewhere - set(sys.stdlib_module_names) - own - with_others <= {IMPORT_NAME.get(o, o) for o in [*run, *dev]}
 
 
 def test_commands_exist(settings):
