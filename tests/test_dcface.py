@@ -32,6 +32,7 @@ from small import TINY, same, weights
 
 diffusers.utils.logging.disable_progress_bar()
 SHORT = DCFaceConfig(steps=9, batch_size=4, lr=1e-3, warmup_steps=2, log_every=3, save_every=0)
+pytestmark = pytest.mark.slow
 
 
 def faces(n=24, per_subject=3, size=16):

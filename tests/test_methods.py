@@ -24,6 +24,7 @@ from cemiface.paper.reproduce import RESULTS
 from cemiface.paper.reproduce import reproduce
 
 NAMES = ["table7", "table12", "table6", "figure9"]
+pytestmark = pytest.mark.slow
 
 
 def small(): # every setting that takes time, less

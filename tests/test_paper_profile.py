@@ -39,6 +39,7 @@ NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "tabl
 COUNTS = [3, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7] # images of each subject of casia
 BINS = dict(zip(BENCHMARKS, ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")))
 TINY = changed(GENERATORS["paper"], block_out_channels=(8, 8, 8, 8, 16), layers_per_block=(1,) * 5, norm_groups=4, head_dim=8, sim_dim=16, cond_dim=16)
+pytestmark = pytest.mark.slow
 
 
 def small(): # the paper's profile with every count made tiny; 112 px, volumes and recipes stay

@@ -33,6 +33,7 @@ from cemiface.paper.reproduce import reproduce
 
 COMMAND = [sys.executable, "-c", "from cemiface.cli.app import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
            "table1", "fig2", "--jobs", "2"]
+pytestmark = pytest.mark.slow
 
 
 def finished(out):

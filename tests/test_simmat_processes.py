@@ -29,6 +29,7 @@ try: t.train(out/"odd", t.changed(t.JOINT, accumulate=3))
 except ValueError as e: reads["odd"] = str(e)
 (out/f"reads_{rank}.json").write_text(json.dumps(reads))
 """
+pytestmark = pytest.mark.slow
 
 
 class Counted:

@@ -19,6 +19,7 @@ from cemiface.paper.reproduce import reproduce
 
 SMOKE = PROFILES["smoke"]
 RESULTS = ["table10", "dynamics", "figure3"]
+pytestmark = pytest.mark.slow
 
 
 def words(fig): return "\n".join(t.get_text() for ax in fig.axes for t in ax.texts)
