@@ -15,8 +15,8 @@ import typer
 from .options import (BatchSizeOption, change_settings, check_tracker, claim, DeviceOption, FacesOption,
                                   GeneratorOption, ListSettingsOption, named_path, one_line_errors, open_inquiries,
                                   open_named, open_pipeline, open_recogniser, OutOption, PerSubjectOption,
-                                  pick_device, PrecisionOption, SeedOption, settings_text, SettingsOption,
-                                  StrictOption, SubjectsOption, TrackerOption)
+                                  pick_device, PrecisionOption, quiet_loading, SeedOption, settings_text,
+                                  SettingsOption, StrictOption, SubjectsOption, TrackerOption)
 
 # %% ../../nbs/cli/04_generators.ipynb #bdbc834a
 def _trainers()->dict: # name of a method -> its training, and the pipeline made of (UNet, conditioner, recogniser, scheduler) and the faces
@@ -215,6 +215,7 @@ def demo_command(
     from cemiface.generation.shipped import shipped_models
     from cemiface.sets.synthesis import m_grid, plot_m_grid
     if out.suffix.lower() != ".png": raise ValueError(f"{out} does not end in .png: name a PNG file")
+    quiet_loading()
     pipe, buffer = shipped_models(), io.BytesIO()
     face = world_faces("webface_1shot", 1, 1, pipe.unet.config.sample_size, seed=seed).images
     grid = m_grid(pipe, face[0], DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
@@ -222,4 +223,4 @@ def demo_command(
     plot_m_grid(grid, face[0], DEMO_MS).savefig(buffer, format="png", dpi=150)
     write_whole(out, buffer.getvalue())
     means = zip(DEMO_MS, cos.view(rows, -1).mean(0).tolist())
-    typer.echo(f"{out} shows one inquiry, and {rows} images of it at each m. Their mean cosine to it: " + ", ".join(f"{c:.2f} at m = {m:g}" for m, c in means))
+    typer.echo(f"{out} shows an inquiry and images drawn from it. Their mean cosine to it: " + ", ".join(f"{c:.2f} at m = {m:g}" for m, c in means))

@@ -7,7 +7,7 @@ __all__ = ['BAD_INPUT', 'BatchSizeOption', 'ChannelsOption', 'DeviceOption', 'Fa
            'PerSubjectOption', 'RecogniserOption', 'SeedOption', 'StrictOption', 'SubjectsOption', 'ListSettingsOption',
            'PrecisionOption', 'SettingsOption', 'TrackerOption', 'one_line_errors', 'claim', 'change_settings',
            'settings_text', 'check_tracker', 'pick_device', 'say_left_out', 'open_named', 'named_path',
-           'open_inquiries', 'open_recogniser', 'open_pipeline']
+           'open_inquiries', 'quiet_loading', 'open_recogniser', 'open_pipeline']
 
 # %% ../../nbs/cli/01_options.ipynb #869776b3
 import functools, json, os, warnings
@@ -155,11 +155,17 @@ def open_inquiries(source:str, # a folder of loose images, any set of faces, pro
     return FaceSet(torch.stack([read_image(p, size) for p in loose]), torch.arange(len(loose)), [p.stem for p in loose], Path(source).name)
 
 # %% ../../nbs/cli/01_options.ipynb #ee877939
+def quiet_loading():
+    "No progress bar of diffusers for the four files of a pipeline."
+    from diffusers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+
 def open_recogniser(recogniser:Path, device:str|None):
     "The network in a recogniser folder or a public checkpoint; `shipped` for the package's own."
     from cemiface.recognition.checkpoints import load_checkpoint
     from cemiface.recognition.training import load_recogniser
     from cemiface.generation.shipped import shipped_models
+    quiet_loading()
     if str(recogniser) == "shipped": return shipped_models().recogniser.to(pick_device(device))
     if not recogniser.exists(): raise ValueError(f"there is no recogniser {recogniser}: give a folder made by train-recogniser or recogniser import, a checkpoint file, or the word shipped")
     return (load_checkpoint(recogniser) if recogniser.is_file() else load_recogniser(recogniser)).model.to(pick_device(device)).eval()
@@ -167,12 +173,11 @@ def open_recogniser(recogniser:Path, device:str|None):
 # %% ../../nbs/cli/01_options.ipynb #482d9537
 def open_pipeline(generator:Path|None, device:str, sampler:str|None=None, precision:str|None=None):
     "A pipeline folder, a `train-generator` folder, the shipped one or the shipped baseline; with another sampler or precision."
-    from diffusers.utils.logging import disable_progress_bar
     from cemiface.generation.dcface import DCFacePipeline
     from cemiface.generation.diffusion import SAMPLERS
     from cemiface.generation.pipeline import CemiFacePipeline, place
     from cemiface.generation.shipped import shipped_dcface, shipped_pipeline
-    disable_progress_bar() # a bar for four files
+    quiet_loading()
     if generator is None: pipe = shipped_pipeline()
     elif str(generator) == "dcface" and not generator.exists(): pipe = shipped_dcface()
     else:
