@@ -107,6 +107,12 @@ def test_examples_of_every_command_parse(words, command):
         with pytest.raises(Exception, match="No such option"): parse(f"{examples[0]} {wrong}")
 
 
+def test_examples_of_the_first_help_parse():
+    examples = re.findall(r"Example[^:\n]*: (.+)", get_command(app).help)
+    assert len(examples) == 2
+    for line in examples: parse(line)
+
+
 def command_lines(path):
     "What a page tells its reader to type: lines of fenced code, and cells that call the shell."
     cells = [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text())["cells"]] if path.suffix == ".ipynb" else [("markdown", path.read_text())]

@@ -42,7 +42,7 @@ def reproduce_command(
 ):
     """Make the paper's tables and figures, beside the published numbers.
 
-    Prints its plan first. Ctrl-C or a crash loses nothing: the same command goes on, and a second run answers from its cache.
+    Prints its plan first. Ctrl-C or a crash loses nothing: the same command goes on, and what was made once is not made again.
 
     Example: cemiface reproduce --profile laptop --out results
 

@@ -26,7 +26,9 @@ def convert_command(
     size: Annotated[Optional[int], typer.Option(min=8, help="pixels a side; images of another size are resized; default: every image byte for byte")] = None,
     strict: StrictOption = False,
 ):
-    """Write a set of faces in another form: InsightFace record files, folders, lists; .bin and folders of pairs. Goes on after a kill.
+    """Write a set of faces, or of pairs, in another form.
+
+    Labelled sets: InsightFace record files, folders, lists. Pairs: .bin files, folders with pairs.txt. If it is stopped, the same command goes on from there.
 
     Example: cemiface data convert faces_webface_112x112 casia_folder
 
@@ -55,7 +57,9 @@ def lint_command(
     strict: Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")] = False,
     out: Annotated[Optional[Path], typer.Option(help="CSV file to write the faults to")] = None,
 ):
-    """Look at every image of a set once, and name what is wrong: labels, unreadable and repeated images, channels, sizes. Exit status 1 for errors.
+    """Look at every image of a set once, and name what is wrong.
+
+    Labels, unreadable and repeated images, channels, sizes. Exit status 1 for errors.
 
     Example: cemiface data lint faces_webface_112x112 --size 112
 
@@ -78,7 +82,9 @@ def align_command(
     detector: Annotated[Optional[Path], typer.Option(help="YuNet's face_detection_yunet_*.onnx; needs opencv-python-headless")] = None,
     size: Annotated[int, typer.Option(min=16, help="pixels a side")] = 112,
 ):
-    """Align photos to ArcFace's template by five landmarks, from a file or a detector. Goes on after a kill.
+    """Align photos to ArcFace's template by five landmarks.
+
+    The landmarks come from a file or from a detector. If it is stopped, the same command goes on from there.
 
     Example: cemiface data align photos faces --landmarks landmarks.csv
 

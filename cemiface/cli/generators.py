@@ -59,9 +59,9 @@ def train_generator_command(
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ):
-    """Train the diffusion model with similarity matching (Section 3.2.1, Algorithm 1), or the baseline DCFace.
+    """Train the diffusion model with similarity matching (Algorithm 1), or the baseline DCFace.
 
-    The same command goes on after a kill. On several GPUs: accelerate launch -m cemiface train-generator ...
+    If it is stopped, the same command goes on from there. On several GPUs: accelerate launch -m cemiface train-generator ...
 
     Example: cemiface train-generator --data my_faces --recogniser my_recogniser --out my_generator --preset laptop
 
@@ -166,9 +166,9 @@ def generate_command(
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ):
-    """Draw a labelled face set: every inquiry face becomes a subject, at similarity m. Goes on after a kill.
+    """Draw a labelled face set: every inquiry face becomes a subject (Algorithm 2).
 
-    Under torchrun, accelerate or a Slurm array each process draws its share; then cemiface set merge joins them.
+    If it is stopped, the same command goes on from there. Under torchrun, accelerate or a Slurm array each process draws its share; then cemiface set merge joins them.
 
     Example: cemiface generate --inquiry my_faces --m 0 --per-subject 50 --out my_set
 

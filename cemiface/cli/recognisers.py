@@ -61,7 +61,7 @@ def train_recogniser_command(
 ):
     """Train a face recogniser with the paper's settings (Section 4.1), or ArcFace's or AdaFace's.
 
-    The result holds the model, its class centres, history.csv and history.png; the same command goes on after a kill. On several GPUs: accelerate launch -m cemiface train-recogniser ...
+    The result holds the model, its class centres, history.csv and history.png. If it is stopped, the same command goes on from there. On several GPUs: accelerate launch -m cemiface train-recogniser ...
 
     Example: cemiface train-recogniser --data my_set --benchmarks lfw.bin,cfp_fp.bin --out my_recogniser
 
@@ -136,7 +136,9 @@ def verify_command(
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ):
-    """1:1 verification by InsightFace's 10-fold protocol: your own .bin sets, pairs drawn from your own faces, or the procedural benchmarks.
+    """Measure 1:1 verification by InsightFace's 10-fold protocol.
+
+    On your own .bin sets (--benchmarks), on pairs drawn from your own faces (--data), or on the procedural benchmarks.
 
     Example: cemiface verify --recogniser adaface_ir50.ckpt --benchmarks lfw.bin,cfp_fp.bin,agedb_30.bin,calfw.bin,cplfw.bin --out results
 
@@ -197,7 +199,9 @@ def groups_command(
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ):
-    """Cut a set into groups of falling similarity to each subject's centre (Section 3.1): a CSV of every image, Table 9, Figure 2, and each group as a set.
+    """Cut a set into groups of falling similarity to each subject's centre (Section 3.1).
+
+    Writes a CSV of every image, Table 9, Figure 2, and, if asked, each group as a set to train on.
 
     Example: cemiface groups --data my_faces --recogniser adaface_ir50.ckpt --out my_groups
 

@@ -22,7 +22,9 @@ SetArgument = Annotated[Path, typer.Argument(metavar="SET", help="folder of a fi
 @set_app.command("verify")
 @one_line_errors("set verify")
 def verify_set_command(folder: SetArgument):
-    """Check every file of a generated set against its manifest, and the manifest against its plan. Exit status 1 if something is wrong.
+    """Check every file of a generated set against its manifest.
+
+    And the manifest against its plan. Exit status 1 if something is wrong.
 
     Example: cemiface set verify my_set
     """
@@ -34,7 +36,9 @@ def verify_set_command(folder: SetArgument):
 @set_app.command("merge")
 @one_line_errors("set merge")
 def merge_command(folder: Annotated[Path, typer.Argument(metavar="SET", help="folder of a set that several processes have drawn")]):
-    """Check all shares of a set that several processes have drawn, and finish it as one process would have written it.
+    """Join the shares of a set that several processes have drawn.
+
+    Every image is checked; the finished set is what one process would have written.
 
     Example: cemiface set merge my_set
     """
@@ -50,7 +54,9 @@ def regenerate_command(
     generator: GeneratorOption = None,
     device: DeviceOption = None,
 ):
-    """Draw one image of a set again and compare it with the stored one. Exit status 1 if the pixels differ.
+    """Draw one image of a set again and compare it with the stored one.
+
+    Exit status 1 if the pixels differ.
 
     Example: cemiface set regenerate my_set --image 3/2
 
@@ -97,7 +103,9 @@ def audit_command(
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ):
-    """Audit a generated set beside real faces: achieved similarity (Table 7), separation, t-SNE, Fréchet distance, and leakage, whether its subjects are people of the training set. One page, index.html, with tables and figures. Exit status 1 if it leaks.
+    """Audit a generated set beside real faces: what it reached, and whether its people are new.
+
+    Achieved similarity (Table 7), separation, t-SNE, Fréchet distance, and leakage, that is, whether its subjects are people of the training set. One page, index.html, with tables and figures. Exit status 1 if it leaks.
 
     Example: cemiface audit my_set --against my_faces --recogniser my_recogniser --out my_audit
 
