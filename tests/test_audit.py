@@ -408,7 +408,7 @@ def test_errors_in_one_line(sets, tmp_path):
     assert "embeddings" in error(sets / "drawn", *to, "--inquiries", tmp_path / "e.npy")
     assert "not the 6 inquiries" in error(sets / "drawn", *to, "--inquiries", "proc:ddpm")
     assert "there is no" in error(tmp_path / "nothing", *to) and "there is no" in error(sets / "drawn", "--against", tmp_path / "nothing", "--out", tmp_path / "b")
-    assert "no model" in error(sets / "drawn", *to, "--model", tmp_path / "m")
+    assert "no recogniser" in error(sets / "drawn", *to, "--recogniser", tmp_path / "m")
     shutil.copytree(sets / "drawn", tmp_path / "broken")
     (tmp_path / "broken/000001/0000.png").write_bytes(b"junk")
     assert "row" in error(tmp_path / "broken", *to) and not (tmp_path / "a/index.html").exists()

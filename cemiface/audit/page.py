@@ -47,7 +47,7 @@ def open_generated(out:str|Path, # a finished set
 )->tuple: # FaceSet of what was drawn; m of each image or None; FaceSet of the inquiries, or None if the set has no copies
     "A generated set for the audit. ValueError if it is not finished, or of another size."
     notes, table, store = read_set(out)
-    if notes["config"]["size"] != size: raise ValueError(f"{out} has images of {notes['config']['size']} pixels, the recogniser takes {size}: choose another --model")
+    if notes["config"]["size"] != size: raise ValueError(f"{out} has images of {notes['config']['size']} pixels, the recogniser takes {size}: choose another --recogniser")
     drawn, copies = np.flatnonzero(table.sampler != "inquiry"), np.flatnonzero(table.file.str.endswith("/inquiry_0.png"))
     def some(rows, name):
         subject = torch.as_tensor(table.subject[rows].astype(int).to_numpy(copy=True))
