@@ -15,7 +15,7 @@ import typer
 from .options import (BatchSizeOption, change_settings, check_tracker, claim, DeviceOption, FacesOption,
                                   GeneratorOption, ListSettingsOption, named_path, one_line_errors, open_inquiries,
                                   open_named, open_pipeline, open_recogniser, OutOption, PerSubjectOption,
-                                  pick_device, PrecisionOption, quiet_loading, SeedOption, settings_text,
+                                  pick_device, PrecisionOption, quiet_loading, SeedOption, settings_list,
                                   SettingsOption, StrictOption, SubjectsOption, TrackerOption)
 
 # %% ../../nbs/cli/04_generators.ipynb #bdbc834a
@@ -86,8 +86,8 @@ def train_generator_command(
     device = pick_device(device)
     quick = dict(precision="bf16", channels_last=True) if device.startswith("cuda") else {}
     asked = dict(steps=steps, batch_size=batch_size, precision=precision, seed=seed)
-    config = change_settings(changed(getattr(PROFILES[preset], method), **quick | {k: v for k, v in asked.items() if v is not None}), settings, GENERATOR_OPTIONS)
-    if list_settings: return typer.echo(settings_text(config, GENERATOR_OPTIONS))
+    config = change_settings(getattr(PROFILES[preset], method).model_copy(update=quick | {k: v for k, v in asked.items() if v is not None}), settings, GENERATOR_OPTIONS)
+    if list_settings: return typer.echo(settings_list(config, GENERATOR_OPTIONS))
     if data is None: raise ValueError("--data is missing: name the faces to train on")
     check_tracker(log_with)
     network = open_recogniser(recogniser, device)

@@ -6,7 +6,7 @@
 __all__ = ['BAD_INPUT', 'BatchSizeOption', 'ChannelsOption', 'DeviceOption', 'FacesOption', 'GeneratorOption', 'OutOption',
            'PerSubjectOption', 'RecogniserOption', 'SeedOption', 'StrictOption', 'SubjectsOption', 'ListSettingsOption',
            'PrecisionOption', 'SettingsOption', 'TrackerOption', 'one_line_errors', 'claim', 'change_settings',
-           'settings_text', 'check_tracker', 'pick_device', 'say_left_out', 'open_named', 'named_path',
+           'settings_list', 'check_tracker', 'pick_device', 'say_left_out', 'open_named', 'named_path',
            'open_inquiries', 'quiet_loading', 'open_recogniser', 'open_pipeline']
 
 # %% ../../nbs/cli/01_options.ipynb #869776b3
@@ -96,7 +96,7 @@ def change_settings(config, # a frozen pydantic model
         except ValueError: asked[name] = None if value.lower() == "none" else value
     return changed(config, **asked)
 
-def settings_text(config, # a pydantic model
+def settings_list(config, # a pydantic model
                   options:tuple=())->str: # settings that have an option of their own
     "A line for every setting: its name or option, its value, what it is."
     names = {name: f"--{name.replace('_', '-')}" if name in options else name for name in type(config).model_fields}

@@ -17,7 +17,7 @@ import typer
 from .options import (BatchSizeOption, change_settings, ChannelsOption, check_tracker, claim, DeviceOption,
                                   FacesOption, ListSettingsOption, named_path, one_line_errors, open_named,
                                   open_recogniser, OutOption, PerSubjectOption, pick_device, PrecisionOption,
-                                  RecogniserOption, SeedOption, settings_text, SettingsOption, StrictOption,
+                                  RecogniserOption, SeedOption, settings_list, SettingsOption, StrictOption,
                                   SubjectsOption, TrackerOption)
 
 # %% ../../nbs/cli/03_recognisers.ipynb #dcc931e5
@@ -78,8 +78,8 @@ def train_recogniser_command(
     from cemiface.recognition.verification import evaluate
     asked = dict(size=size, epochs=epochs, batch_size=batch_size, lr=lr, precision=precision or ("bf16" if pick_device(None) == "cuda" else "no"), seed=seed)
     changes = ["margin_m=none"] * any(s.startswith("margin=") for s in settings or []) + (settings or []) # the preset's margin_m is its own margin's
-    config = change_settings(changed(RECIPES[preset], **{k: v for k, v in asked.items() if v is not None}), changes, RECOGNISER_OPTIONS)
-    if list_settings: return typer.echo(settings_text(config, RECOGNISER_OPTIONS))
+    config = change_settings(RECIPES[preset].model_copy(update={k: v for k, v in asked.items() if v is not None}), changes, RECOGNISER_OPTIONS)
+    if list_settings: return typer.echo(settings_list(config, RECOGNISER_OPTIONS))
     if data is None: raise ValueError("--data is missing: name the faces to train on")
     check_tracker(log_with)
     pair_sets, world = open_benchmarks(benchmarks, skip_damaged), int(os.environ.get("WORLD_SIZE", 1))
