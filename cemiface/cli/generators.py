@@ -86,7 +86,7 @@ def train_generator_command(
     device = pick_device(device)
     quick = dict(precision="bf16", channels_last=True) if device.startswith("cuda") else {}
     asked = dict(steps=steps, batch_size=batch_size, precision=precision, seed=seed)
-    config = change_settings(getattr(PROFILES[preset], method).model_copy(update=quick | {k: v for k, v in asked.items() if v is not None}), settings, GENERATOR_OPTIONS)
+    config = change_settings(changed(getattr(PROFILES[preset], method), **quick | {k: v for k, v in asked.items() if v is not None}), settings, GENERATOR_OPTIONS)
     if list_settings: return typer.echo(settings_list(config, GENERATOR_OPTIONS))
     if data is None: raise ValueError("--data is missing: name the faces to train on")
     check_tracker(log_with)

@@ -78,7 +78,7 @@ def train_recogniser_command(
     from cemiface.recognition.verification import evaluate
     asked = dict(size=size, epochs=epochs, batch_size=batch_size, lr=lr, precision=precision or ("bf16" if pick_device(None) == "cuda" else "no"), seed=seed)
     changes = ["margin_m=none"] * any(s.startswith("margin=") for s in settings or []) + (settings or []) # the preset's margin_m is its own margin's
-    config = change_settings(RECIPES[preset].model_copy(update={k: v for k, v in asked.items() if v is not None}), changes, RECOGNISER_OPTIONS)
+    config = change_settings(changed(RECIPES[preset], **{k: v for k, v in asked.items() if v is not None}), changes, RECOGNISER_OPTIONS)
     if list_settings: return typer.echo(settings_list(config, RECOGNISER_OPTIONS))
     if data is None: raise ValueError("--data is missing: name the faces to train on")
     check_tracker(log_with)
