@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 
 from cemiface.audit.similarity import (BUCKETS, LOOKS, achieved_similarity, class_cosines, control_curve, draw_pairs, first_rows, frechet_distance, frechet_of_moments,
                             label_share, look_table, plot_class_cosines, plot_control, plot_tsne, read_moments, share_error, tsne_points)
-from cemiface.audit.page import PARTS, Audit, findings_of, finite_embeddings, open_generated
+from cemiface.audit.page import PARTS, Audit, findings_of, finite_embeddings
 from cemiface.cli.app import app
 from cemiface.data.faceset import FaceSet, open_faces
 from cemiface.generation.shipped import shipped_models
 from cemiface.data.images import write_folder
 from cemiface.audit.leakage import (FMR, cut_offs, factor_table, fit_factors, leakage, least_noticed, nearest_others, rate_interval, same_cosine, template_images,
                               templates)
+from cemiface.sets.stored import open_set
 from cemiface.sets.synthesis import generate_set
 
 
@@ -417,7 +418,7 @@ def test_errors_in_one_line(sets, tmp_path):
 
 
 def test_a_recogniser_of_another_size(sets): # and one that makes no numbers
-    with pytest.raises(ValueError, match="pixels, the recogniser takes 112"): open_generated(sets / "drawn", 112)
+    with pytest.raises(ValueError, match="pixels, the recogniser takes 112"): open_set(sets / "drawn", 112)
     class Broken(torch.nn.Linear):
         def forward(self, x): return torch.full((len(x), 4), torch.nan)
     with pytest.raises(ValueError, match="real: some embeddings are not finite"): finite_embeddings(Broken(1, 1), open_faces(sets / "real", 32))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HALF_MILLION', 'PLANS', 'set_plan', 'image_seed', 'image_file', 'image_counts', 'set_batches', 'filled', 'batch_rows',
            'set_rows', 'current_share', 'checksum', 'FolderStore', 'BatchStore', 'open_store', 'share_name', 'notes_of',
-           'open_set', 'finished', 'clean', 'write_share', 'share_lines', 'checked_images', 'manifest', 'merge_records',
-           'merge_set']
+           'start_share', 'finished', 'clean', 'write_share', 'share_lines', 'checked_images', 'manifest',
+           'merge_records', 'merge_set']
 
 # %% ../../nbs/sets/02_layout.ipynb #cada4af2
 import hashlib
@@ -153,10 +153,10 @@ def notes_of(out:Path)->list[dict]: # config, environments, ...
     "What was noted about a set by its maker or makers."
     return [json.loads(path.read_bytes()) for path in [out/"set.json", *sorted((out/".shares").glob("*-of-*.json"))] if path.exists()]
 
-def open_set(out:Path, # the set's folder
-             config:dict, # decides what the images are
-             shard:tuple, # which share of how many
-             **notes, # recorded, not compared; `environment` is added to a list
+def start_share(out:Path, # the set's folder
+                config:dict, # decides what the images are
+                shard:tuple, # which share of how many
+                **notes, # recorded, not compared; `environment` is added to a list
             )->None:
     "Start a share of a set, or go on with it. ValueError if the folder holds something else or a set of another configuration."
     used = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())

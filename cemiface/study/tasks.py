@@ -16,7 +16,6 @@ from multiprocessing import parent_process
 
 from diffusers.utils.logging import disable_progress_bar
 import exca
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -40,9 +39,8 @@ from ..generation.shipped import shipped_baseline, shipped_centres, shipped_mode
 from ..generation.simmat import SimMatConfig
 from ..sets.inquiries import select_inquiries
 from ..sets.layout import current_share, image_seed
-from ..sets.stored import read_set
+from ..sets.stored import open_set
 from ..sets.synthesis import draw, generate_set
-from ..audit.card import SetImages
 from .profiles import PROFILES
 from .user_files import (BINS, first_of_each, fitting_centres, open_images, open_network, pairs_path,
                                        stored_faces, whole_pairs)
@@ -531,9 +529,8 @@ class Embedded(BaseModel):
     def images(self)->tuple: # images; their subjects, int64 [N]
         if self.faces: return (faces := self.faces.load()).images, faces.labels
         self.generated.run()
-        _, table, store = read_set(self.generated.folder)
-        rows = np.flatnonzero(table.sampler != "inquiry")
-        return SetImages(store, rows), torch.tensor(table.subject[rows].astype(int).to_numpy())
+        drawn = open_set(self.generated.folder).drawn
+        return drawn.images, drawn.labels
 
     @infra.apply
     def run(self)->dict:
