@@ -6,13 +6,13 @@
 __all__ = ['LICENCES', 'CARD', 'licence_fields', 'size_category', 'set_similarity', 'card_sheet', 'markdown_table', 'write_card']
 
 # %% ../../nbs/audit/03_card.ipynb #d5d315b3
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from huggingface_hub import DatasetCardData
 from torch import Tensor, nn
 
 from ..core.files import write_whole
@@ -24,7 +24,7 @@ from ..sets.stored import StoredSet, inquiries_of, open_set
 from .similarity import BUCKETS, achieved_similarity
 
 # %% ../../nbs/audit/03_card.ipynb #f7976966
-LICENCES = ("apache-2.0", "mit", "cc0-1.0", *(f"cc-by{kind}-{version}" for kind in ("", "-sa", "-nd", "-nc", "-nc-sa", "-nc-nd") for version in ("2.0", "3.0", "4.0")), "gpl-3.0", "openrail", "odc-by", "pddl")
+LICENCES = ("apache-2.0", "mit", "cc0-1.0", *(f"cc-by{terms}-{version}" for terms in ("", "-sa", "-nd", "-nc", "-nc-sa", "-nc-nd") for version in ("2.0", "3.0", "4.0")), "gpl-3.0", "openrail", "odc-by", "pddl")
 
 def licence_fields(licence:str)->dict: # license, and license_name where the hub has no name of its own
     "A licence in the hub's terms."
@@ -103,13 +103,13 @@ def write_card(out:str|Path, # a finished set
     "The set's card for the Hugging Face hub: licences, how it was made, achieved similarity (Table 7). ValueError as `set_similarity`."
     stored = open_set(out)
     out, notes, config, row = stored.out, stored.notes, stored.config, set_similarity(out, recogniser, inquiries, progress=progress).iloc[0]
-    head = {"pretty_name": out.name, **licence_fields(notes["licence"]["images"]), "size_categories": [size_category(len(stored))], "task_categories": ["image-classification"],
-            "annotations_creators": ["machine-generated"], "tags": ["face-recognition", "synthetic", "cemiface"]}
+    head = DatasetCardData(pretty_name=out.name, **licence_fields(notes["licence"]["images"]), size_categories=[size_category(len(stored))], task_categories=["image-classification"],
+                           annotations_creators=["machine-generated"], tags=["face-recognition", "synthetic", "cemiface"])
     made = {"subjects": config["subjects"], "images drawn": int(image_counts(config).sum()), "copies of the inquiry image": f"{config['oversample']} per subject", "similarity factor m": ", ".join(f"{m:g}" for m in config["m"] or []) or "none",
             "sampler": f"{config['sampler']}, {config['steps']} steps", "pixels a side": config["size"], "seed": config["seed"], "generator": f"`{config['model']}`", "inquiries": f"{notes['source']}, `{config['inquiries']}`",
             "made with": "; ".join(", ".join(f"{k} {v}" for k, v in e.items()) for e in notes["environments"])}
     buckets = {f"subjects with an average of {name}": int(row[name]) for name in BUCKETS}
     measured = {"mean": f"{row.avg_sim:.2f} %", "standard deviation": f"{row['std']:.2f} %", "of subjects' averages": f"{row.std_subjects:.2f} %", "images measured": int(row.images), "recogniser": recogniser_name} | buckets
     save_contact_sheet(card_sheet(stored), out/"contact_sheet.png")
-    text = CARD.format(head="\n".join(f"{k}: {json.dumps(v)}" for k, v in head.items()), name=out.name, made=markdown_table(made), licence=markdown_table(notes["licence"]), measured=markdown_table(measured))
+    text = CARD.format(head=head.to_yaml(), name=out.name, made=markdown_table(made), licence=markdown_table(notes["licence"]), measured=markdown_table(measured))
     return write_whole(out/"README.md", text.encode())
