@@ -233,7 +233,7 @@ def test_a_set_leaks_from_itself_entirely_and_strangers_do_not():
     emb, labels = people(120)
     train, mine = templates(emb, labels), torch.arange(120)
     itself = leakage(train, train, emb, labels, people_own=mine)
-    assert itself.table.generated.tolist() == [100] * 3 and itself.leaks and (emb[itself.found.row] * train).sum(1).min() > .5
+    assert itself.table.generated.tolist() == [100] * 3 and itself.leaks and (emb[itself.generated.row] * train).sum(1).min() > .5
     new, which = people(120, seed=1)
     strangers = leakage(templates(new, which), train, emb, labels, people_own=mine)
     assert not strangers.leaks and strangers.real.threshold == itself.real.threshold
@@ -312,7 +312,7 @@ def test_factors_that_are_there_are_read_and_no_others():
     mixing = torch.randn(3, 20, generator=g)
     emb = truth[labels][:, :3] @ mixing + .1 * torch.randn(320, 20, generator=g)           # the last two leave no trace
     reader = fit_factors(emb, labels, truth[labels])
-    assert reader.told.tolist() == [True] * 3 + [False] * 2 and reader.r2[:3].min() > .9
+    assert reader.readable.tolist() == [True] * 3 + [False] * 2 and reader.r2[:3].min() > .9
     table = factor_table(reader, reader.held_out[:10], truth[:10])
     by_hand = [[float((reader.held_out[a] - truth[b])[:3].square().mean().sqrt()) for b in range(80)] for a in range(80)]
     assert table["mean"].iloc[0] == pytest.approx(np.mean(np.diag(by_hand)), abs=1e-5)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from sklearn.metrics import roc_auc_score
 from torch import nn, Tensor
 import torch
@@ -51,7 +52,7 @@ class Audit:
     other:FaceSet                       # real faces, best the training set
     other_emb:Tensor                    # [M,D]
     m:np.ndarray|None = None            # [N] of a generated set
-    inquiries:FaceSet|None = None       # one a subject, in the order of the set's subjects
+    inquiries:FaceSet|None = None       # one per subject, in the order of the set's subjects
     inquiry_emb:Tensor|None = None      # [S,D]
     held_out:FaceSet|None = None        # real people of neither; None: those of `other`, each beside the rest
     held_out_emb:Tensor|None = None
@@ -132,7 +133,7 @@ def faces_part(a:Audit)->Finding:
 def plot_achieved(cos:np.ndarray)->Figure:
     "Histogram of the cosines to the inquiry."
     fig, ax = plt.subplots(figsize=(5, 2.6))
-    ax.hist(cos, np.linspace(min(0, cos.min()), 1, 41), color=m_colours(.3))
+    sns.histplot(x=cos, bins=40, binrange=(min(0, cos.min()), 1), element="step", color=m_colours(.3), ax=ax)
     ax.axvline(cos.mean(), color="black", ls="--", lw=1, label=f"mean {cos.mean():.2f}")
     ax.set(xlabel="cosine to the inquiry", ylabel="images"); ax.legend(loc="upper left")
     return fig
@@ -193,25 +194,25 @@ def frechet_part(a:Audit)->Finding:
     if a.features:
         x, y = map(read_moments, a.features)
         rows.insert(0, (f"Inception features from {Path(a.features[0]).name}, {Path(a.features[1]).name}", f"{a.faces.name} and {a.other.name}", "as in the files", frechet_of_moments(*x, *y)))
-    told = f"{rows[0][3]:.3f} in {rows[0][0]}; " * bool(a.features)
-    return Finding(f"The sets are apart by {told}{rows[-3][3]:.3f} in the recogniser's embeddings; at {n} images each {rows[-2][3]:.3f}, and {rows[-1][3]:.3f} between two halves of the real people. "
+    inception = f"{rows[0][3]:.3f} in {rows[0][0]}; " * bool(a.features)
+    return Finding(f"The sets are apart by {inception}{rows[-3][3]:.3f} in the recogniser's embeddings; at {n} images each {rows[-2][3]:.3f}, and {rows[-1][3]:.3f} between two halves of the real people. "
                    + ("" if a.features else "Without files of Inception features (--features) this is no FID, and not to be compared with one. ") + "A distance falls with the number of images: read it beside the last row.",
                    pd.DataFrame(rows, columns=["features", "between", "images each", "distance"]))
 
 # %% ../../nbs/audit/04_page.ipynb #72cce466
-def _leak_text(found:Leakage, ours:str, gallery:str, real:str, fmr:float)->str:
+def _leak_text(leak:Leakage, ours:str, gallery:str, real:str, fmr:float)->str:
     "The verdict, and what it rests on."
-    n, t = len(found.found.cosine), found.table
-    verdict = "LEAK: " if found.leaks else "No leak found: " if found.least else "Too few to tell: "
-    nearer = f"{ours} are {'nearer' if found.leaks else 'no nearer'} to {gallery} than {real} are (p = {found.p:.2g}" + (f"; {found.least} copied of {n} would have been noticed). " if found.least and not found.leaks else "). ")
+    n, t = len(leak.generated.cosine), leak.table
+    verdict = "LEAK: " if leak.leaks else "No leak found: " if leak.least else "Too few to tell: "
+    nearer = f"{ours} are {'nearer' if leak.leaks else 'no nearer'} to {gallery} than {real} are (p = {leak.p:.2g}" + (f"; {leak.least} copied of {n} would have been noticed). " if leak.least and not leak.leaks else "). ")
     last = t.loc["all real people"]
-    rate = (f"{t.generated.iloc[0]:.1f}% of {n} have somebody there above the threshold at a false match rate of {fmr:g} (cosine {t.cosine.iloc[0]:.2f}, from {found.real.pairs:,} impostor pairs), of the real people {t.real.iloc[0]:.1f}%; "
-            if "false match rate" in t.index else f"A false match rate of {fmr:g} cannot be told from {found.real.pairs:,} impostor pairs, {10/fmr:,.0f} are needed: bring more real people; ")
-    return verdict + nearer + rate + f"{round(last.generated*n/100)} are nearer than each of the {len(found.real.cosine)} real people is to anybody else. What counts is the difference to the real people: the nearest of many is always near."
+    rate = (f"{t.generated.iloc[0]:.1f}% of {n} have somebody there above the threshold at a false match rate of {fmr:g} (cosine {t.cosine.iloc[0]:.2f}, from {leak.real.pairs:,} impostor pairs), of the real people {t.real.iloc[0]:.1f}%; "
+            if "false match rate" in t.index else f"A false match rate of {fmr:g} cannot be told from {leak.real.pairs:,} impostor pairs, {10/fmr:,.0f} are needed: bring more real people; ")
+    return verdict + nearer + rate + f"{round(last.generated*n/100)} are nearer than each of the {len(leak.real.cosine)} real people is to anybody else. What counts is the difference to the real people: the nearest of many is always near."
 
-def _leak_table(found:Leakage)->pd.DataFrame:
+def _leak_table(leak:Leakage)->pd.DataFrame:
     "With p as text: it may be very small."
-    return found.table.assign(p=[f"{p:.2g}" for p in found.table.p]).reset_index(names="cut-off")
+    return leak.table.assign(p=[f"{p:.2g}" for p in leak.table.p]).reset_index(names="cut-off")
 
 def leakage_part(a:Audit)->Finding:
     "Are the subjects people of the other set?"
@@ -219,9 +220,9 @@ def leakage_part(a:Audit)->Finding:
     return Finding(_leak_text(a.leak, "generated subjects", f"people of {a.other.name}", a.real_name, a.fmr), _leak_table(a.leak), plot_leakage(a.leak, impostors, a.other.name))
 
 # %% ../../nbs/audit/04_page.ipynb #35671dc8
-def nearest_table(a:Audit)->pd.DataFrame: # one row a subject, nearest first
+def nearest_table(a:Audit)->pd.DataFrame: # one row per subject, nearest first
     "Whom every subject is nearest to."
-    near = a.leak.found
+    near = a.leak.generated
     table = pd.DataFrame(dict(subject=a.faces.subjects, nearest=[a.other.subjects[i] for i in a.other.labels[near.row].tolist()], cosine=near.cosine, row=near.row))
     if a.inquiry_emb is not None: table["inquiry_cosine"] = (a.inquiry_emb * a.other_emb[near.row]).sum(1)
     return table.sort_values("cosine", ascending=False, kind="stable")
@@ -243,9 +244,9 @@ def inquiry_part(a:Audit)->Finding:
     "Are the subjects people of each other's inquiries?"
     inquiries, own = a.asked(), torch.arange(a.faces.n_subjects)
     if len(own) < 2: raise ValueError("one subject has no other inquiry to be like")
-    found = leakage(a.subjects, a.people, a.inquiry_emb, own, own, None, a.fmr, a.progress)
-    return Finding(_leak_text(found, "generated subjects", "inquiries of other subjects", f"people of {(a.held_out or a.other).name}", a.fmr) + " Subjects that are like another's inquiry make labels overlap. If the real people are among the inquiries, give others with --held-out.",
-                   _leak_table(found), plot_leakage(found, some_impostors(a.people, a.inquiry_emb, own), "other inquiries"))
+    leak = leakage(a.subjects, a.people, a.inquiry_emb, own, own, None, a.fmr, a.progress)
+    return Finding(_leak_text(leak, "generated subjects", "inquiries of other subjects", f"people of {(a.held_out or a.other).name}", a.fmr) + " Subjects that are like another's inquiry make labels overlap. If the real people are among the inquiries, give others with --held-out.",
+                   _leak_table(leak), plot_leakage(leak, some_impostors(a.people, a.inquiry_emb, own), "other inquiries"))
 
 # %% ../../nbs/audit/04_page.ipynb #ae4b839f
 def identity_part(a:Audit)->Finding:
@@ -256,7 +257,7 @@ def identity_part(a:Audit)->Finding:
     known = a.inquiries is not None and a.inquiries.factors
     table = factor_table(reader, reader.read(a.emb[mine], a.faces.labels[mine]), a.inquiries.factors["identity"] if known else None)
     error, other, near = (table["mean"].iloc[i] for i in (0, 1, -1))
-    return Finding(f"In the identity factors that the embedding tells ({int(reader.told.sum())} of {len(reader.r2)}), generated subjects are {near:.2f} from the nearest person of {a.other.name}, real people {other:.2f} from their nearest other. "
+    return Finding(f"In the identity factors that the embedding tells ({int(reader.readable.sum())} of {len(reader.r2)}), generated subjects are {near:.2f} from the nearest person of {a.other.name}, real people {other:.2f} from their nearest other. "
                    f"The reader's own error is {error:.2f}: so far are real people that it has not seen from themselves. Root mean square over factors in [-1, 1], low and high the 5th and 95th percentile." + ("" if known else " The truth about the inquiries is not known: name their world with --inquiries proc:WORLD."), table.reset_index(names="distance of"))
 
 # %% ../../nbs/audit/04_page.ipynb #f85c58c0
@@ -266,25 +267,25 @@ PARTS = {"faces": ("The set", faces_part), "similarity": ("Achieved similarity: 
 
 def findings_of(a:Audit)->dict[str, "Finding|str"]:
     "Every part; what cannot be made says why."
-    found = {}
+    findings = {}
     for name, (_, part) in PARTS.items():
-        try: found[name] = part(a)
-        except ValueError as e: found[name] = f"Left out: {e}"
-    return found
+        try: findings[name] = part(a)
+        except ValueError as e: findings[name] = f"Left out: {e}"
+    return findings
 
-def summary_of(found:dict)->str:
-    "A line a part."
-    return "\n".join(f"{PARTS[name][0].split(':')[0]}: {f if isinstance(f, str) else f.headline}" for name, f in found.items())
+def summary_of(findings:dict)->str:
+    "A line per part."
+    return "\n".join(f"{PARTS[name][0].split(':')[0]}: {f if isinstance(f, str) else f.headline}" for name, f in findings.items())
 
 def write_audit(a:Audit, out:str|Path, recogniser:str)->dict[str, "Finding|str"]: # by part
     "Write tables, figures and index.html, the page last. OSError if that fails."
-    out, found = Path(out), findings_of(a)
-    for name, f in found.items():
+    out, findings = Path(out), findings_of(a)
+    for name, f in findings.items():
         if isinstance(f, Finding): write_finding(out, name, f)
         if getattr(f, "figure", None) is not None: plt.close(f.figure)
-    if isinstance(found["leakage"], Finding): write_whole(out/"tables"/"subjects.csv", nearest_table(a).drop(columns="row").to_csv(index=False).encode())
+    if isinstance(findings["leakage"], Finding): write_whole(out/"tables"/"subjects.csv", nearest_table(a).drop(columns="row").to_csv(index=False).encode())
     about = {"set": f"{a.faces.name}, {_count(a.faces)}" + ("" if a.m is None else f", m = {', '.join(f'{m:g}' for m in sorted(set(a.m)))}"), "compared with": f"{a.other.name}, {_count(a.other)}",
              "real people of the leakage": f"{a.real_name}, {len(a.people)}; {a.images_each[0]} and {a.images_each[1]} images make equally reliable templates of a subject and of a person", "inquiries": a.inquiries.name if a.inquiries is not None else "none",
              "recogniser": f"{recogniser}. If the generator was trained with it, a second one is a stricter judge: a generator learns to please its own", "versions": ", ".join(f"{n} {version(n)}" for n in ("cemiface", "torch"))}
-    write_whole(out/"index.html", html_page(f"Audit of {a.faces.name}", f"{a.faces.name}, audited", "What the images are, and whether they are new people.", about, found, {n: t for n, (t, _) in PARTS.items()}).encode())
-    return found
+    write_whole(out/"index.html", html_page(f"Audit of {a.faces.name}", f"{a.faces.name}, audited", "What the images are, and whether they are new people.", about, findings, {n: t for n, (t, _) in PARTS.items()}).encode())
+    return findings

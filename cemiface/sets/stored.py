@@ -40,7 +40,7 @@ class StoredSet:
     store:RecordFile|Files  # where the images lie
 
     def __len__(self)->int: return len(self.table)
-    def __getitem__(self, rows:Tensor)->Tensor: return torch.stack([decode_image(self.read(r)[0], self.table.file[r]) for r in rows.tolist()])
+    def __getitem__(self, rows:Tensor)->Tensor: return torch.stack([decode_image(self.read(r)[0], f"{self.table.file[r]}, row {r} of the manifest") for r in rows.tolist()])
     @property
     def shape(self)->tuple: return (len(self), 3, self.config["size"], self.config["size"])
     @property
@@ -80,7 +80,7 @@ def open_set(out:str|Path, # a finished set of either form
     for name in ("set.json", "manifest.csv"):
         if not (out/name).is_file(): raise ValueError(f"{out} has no {name}: not a finished set; finish it with generate_set or merge_set")
     notes, table = json.loads((out/"set.json").read_bytes()), pd.read_csv(out/"manifest.csv", dtype=str, keep_default_na=False)
-    if size and notes["config"]["size"] != size: raise ValueError(f"{out} has images of {notes['config']['size']} pixels, the recogniser takes {size}: choose another --model")
+    if size and notes["config"]["size"] != size: raise ValueError(f"{out} has images of {notes['config']['size']} pixels, the recogniser takes {size}: choose another --recogniser")
     return StoredSet(out, notes, table, RecordFile(out/"train.rec") if notes["config"].get("form") == "records" else Files(out, table.file.tolist()))
 
 def is_generated(source:str)->bool:

@@ -43,7 +43,7 @@ def embed_inquiries(pipe:CemiFacePipeline, part:Tensor, batch_size:int)->Tensor:
     return identity_embedding(pipe.recogniser, **given).float().cpu()[:len(part)]
 
 def inquiry_embeddings(pipe:CemiFacePipeline,
-                       inquiries:FaceSet|Tensor, # one image a subject; or embeddings [N,D]
+                       inquiries:FaceSet|Tensor, # one image per subject; or embeddings [N,D]
                        batch_size:int=64,
                        only:range|None=None, # the subjects whose embeddings are wanted, the others' stay 0; None: all
                       )->tuple[Tensor, str]: # [N,D], length 1; hash of the inquiries
@@ -127,7 +127,7 @@ def draw_cells(pipe:CemiFacePipeline, emb:Tensor, config:dict, cells:list)->Tens
 
 # %% ../../nbs/sets/03_synthesis.ipynb #5e7a11ed
 def generate_set(pipe:CemiFacePipeline,
-                 inquiries:FaceSet|Tensor, # one image a subject; or embeddings [N,D]
+                 inquiries:FaceSet|Tensor, # one image per subject; or embeddings [N,D]
                  m:float|list|None, # similarity factor; of several, image k gets number k mod their count; None with a `DCFacePipeline`, which has none
                  per_subject:int|list, # images to draw of each subject; or runs of (subjects, images), as of `set_plan`
                  out:str|Path, # the set's folder: new, empty, or an unfinished set of this configuration
@@ -144,11 +144,11 @@ def generate_set(pipe:CemiFacePipeline,
     "Algorithm 2: a labelled set on disk, label = index of the inquiry. Called again, goes on where it stopped. ValueError for bad settings, OSError if the folder cannot be written."
     out, config = Path(out), set_config(pipe, inquiries, m, per_subject, seed, batch_size, steps, oversample, form, ext)
     cells = [cell for _, batch in set_batches(config, shard) for cell in batch]
-    emb, found = inquiry_embeddings(pipe, inquiries, config["batch_size"], range(cells[0][0], cells[-1][0]+1) if cells else range(0))
-    config |= dict(model=model_hash(pipe), inquiries=found)
-    stated = {"inquiries": "not stated", "generator": "not stated", "images": "not stated", **(licence or {})}
+    emb, inquiry_hash = inquiry_embeddings(pipe, inquiries, config["batch_size"], range(cells[0][0], cells[-1][0]+1) if cells else range(0))
+    config |= dict(model=model_hash(pipe), inquiries=inquiry_hash)
+    licences = {"inquiries": "not stated", "generator": "not stated", "images": "not stated", **(licence or {})}
     names = [] if isinstance(inquiries, Tensor) else [inquiries.subjects[j] for j in inquiries.labels.tolist()]
-    start_share(out, config, shard, licence=stated, environment=environment(pipe), source="embeddings" if isinstance(inquiries, Tensor) else inquiries.name, label=f"{'number of the folder' if form == 'folder' else 'label of the record'} = index of the inquiry", names=names)
+    start_share(out, config, shard, licence=licences, environment=environment(pipe), source="embeddings" if isinstance(inquiries, Tensor) else inquiries.name, label=f"{'number of the folder' if form == 'folder' else 'label of the record'} = index of the inquiry", names=names)
     if finished(out, config): return out
     write_share(lambda cells: draw_cells(pipe, emb, config, cells), lambda i: inquiries.images[torch.tensor([i])][0], config, out, shard, progress)
     return out if shard[1] > 1 else merge_set(out, progress=False)
