@@ -137,9 +137,9 @@ def _inquiries_of(source:str, pipe, runs:int|list, subjects:int|None, threshold:
     if threshold < 1:
         network = open_recogniser(threshold_recogniser, str(pipe.device)) if threshold_recogniser else pipe.recogniser
         chosen = choose_inquiries(faces if isinstance(faces, torch.Tensor) else embed(network, faces.images, progress=True), threshold, progress=True)
-        typer.echo(f"{len(chosen.kept)} of {len(faces)} inquiries have a cosine below {threshold:g} to each other" +
+        typer.echo(f"{len(chosen.indices)} of {len(faces)} inquiries have a cosine below {threshold:g} to each other" +
                    (f"; the other {len(chosen.dropped)} are too near to one of {chosen.dropped.neighbour.nunique()} among them" if len(chosen.dropped) else ""), err=True)
-        faces = pick(chosen.kept)
+        faces = pick(chosen.indices)
     if needed and len(faces) < needed: raise ValueError(f"this plan needs {needed} inquiries, and there are {len(faces)}: bring more, or lower --scale")
     return pick(torch.arange(needed)) if needed else faces
 
@@ -214,12 +214,13 @@ def demo_command(
     from cemiface.world.faces import world_faces
     from cemiface.recognition.training import embed
     from cemiface.generation.shipped import shipped_models
-    from cemiface.sets.synthesis import m_grid, plot_m_grid
+    from cemiface.sets.pictures import plot_m_grid
+    from cemiface.sets.synthesis import draw_m_grid
     if out.suffix.lower() != ".png": raise ValueError(f"{out} does not end in .png: name a PNG file")
     quiet_loading()
     pipe, buffer = shipped_models(), io.BytesIO()
     face = world_faces("webface_1shot", 1, 1, pipe.unet.config.sample_size, seed=seed).images
-    grid = m_grid(pipe, face[0], DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
+    grid = draw_m_grid(pipe, face[0], DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
     cos = embed(pipe.recogniser, grid.flatten(0, 1)).cpu() @ embed(pipe.recogniser, face).cpu()[0]
     plot_m_grid(grid, face[0], DEMO_MS).savefig(buffer, format="png", dpi=150)
     write_whole(out, buffer.getvalue())

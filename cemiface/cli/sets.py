@@ -63,8 +63,8 @@ def regenerate_command(
     Example, a set of your own generator: cemiface set regenerate my_set --image 000003/0002.png --generator my_generator
     """
     from cemiface.generation.diffusion import SAMPLERS
-    from cemiface.sets.stored import read_set, regenerate
-    made = read_set(folder)[0]["config"]
+    from cemiface.sets.stored import open_set, regenerate
+    made = open_set(folder).config
     sampler = next((name for name, kind in SAMPLERS.items() if kind.__name__ == made["sampler"]), None)
     again = regenerate(folder, open_pipeline(generator, pick_device(device), sampler, made.get("precision", "float32")), image)
     outcome = ("the same file" if again.same else "other bytes, the same pixels" if again.difference == 0 else
@@ -113,19 +113,20 @@ def audit_command(
     """
     import matplotlib
     matplotlib.use("Agg")
-    from cemiface.audit.page import check_inquiries, embedded, is_generated, open_generated, summary_of, write_audit
+    from cemiface.sets.stored import check_inquiries, is_generated, open_set
+    from cemiface.audit.page import embed_audit, summary_of, write_audit
     network = open_recogniser(recogniser, device)
-    size, m, asked = network.config.size, None, None
+    size = network.config.size
     opened = lambda source: open_named(source, size, *((subjects, per_subject) if source == against or source.startswith("proc:") else (None, None)), seed, strict=strict)
-    if is_generated(faces): drawn, m, asked = open_generated(Path(faces).expanduser(), size)
-    else: drawn = opened(faces)
+    stored = open_set(Path(faces).expanduser(), size) if is_generated(faces) else None
+    drawn, m, asked = (stored.drawn, stored.m, stored.inquiries) if stored else (opened(faces), None, None)
     if inquiries:
         asked = open_inquiries(inquiries, size, drawn.n_subjects, seed)
         if not hasattr(asked, "images"): raise ValueError(f"{inquiries} holds embeddings, and not of which recogniser: give --inquiries as images")
-        if is_generated(faces): check_inquiries(Path(faces).expanduser(), asked)
+        if stored: check_inquiries(stored, asked)
     named = [named_path(s) if s else None for s in (faces, against, inquiries, held_out)]
     claim(out, "audit", set=named[0], against=named[1], inquiries=named[2], held_out=named[3], recogniser=str(recogniser), features=features, fmr=fmr, subjects=subjects, per_subject=per_subject, seed=seed)
-    a = embedded(network, drawn, opened(against), m, asked, held_out and opened(held_out), features=features, fmr=fmr, progress=True)
+    a = embed_audit(network, drawn, opened(against), m, asked, held_out and opened(held_out), features=features, fmr=fmr, progress=True)
     found = write_audit(a, out, str(recogniser))
     typer.echo(f"{summary_of(found)}\nThe page is {out/'index.html'}, with its tables and figures beside it")
     raise typer.Exit(int("leak" in a.__dict__ and a.leak.leaks))

@@ -21,7 +21,7 @@ from .settings import ablation, went_on
 from ..core.report import Finding
 from ..study.results import result
 from ..core.figures import figure_style
-from ..sets.synthesis import contact_sheet
+from ..sets.pictures import contact_sheet
 
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #83582ee0
 SOURCES = {"WebFace": "webface_1shot", "DigiFace": "digiface", "DDPM": "ddpm", "Flickr": "flickr_1shot"}
