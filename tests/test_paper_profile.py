@@ -38,7 +38,6 @@ NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "tabl
 COUNTS = [3, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7] # images of each subject of casia
 BINS = dict(zip(BENCHMARKS, ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")))
 TINY = GENERATORS["paper"].model_copy(update=dict(block_out_channels=(8, 8, 8, 8, 16), layers_per_block=(1,) * 5, norm_groups=4, head_dim=8, sim_dim=16, cond_dim=16))
-pytestmark = pytest.mark.slow
 
 
 def small(): # the paper's profile with every count made tiny; 112 px, volumes and recipes stay
@@ -46,6 +45,9 @@ def small(): # the paper's profile with every count made tiny; 112 px, volumes a
     net = dict(backbone="ir18", width=4, epochs=1, batch_size=8, lr=.01)
     return less(p, pairs=40, inquiries=4, candidates=8, set_subjects=4, set_per_subject=3, curve_per_subject=2, oversample=1, steps=2, ms=(1., 0.), control_ms=(1., 0., -1.),
                 teacher=less(p.teacher, **net), student=less(p.student, **net), simmat=less(p.simmat, steps=2, batch_size=4), dcface=less(p.dcface, steps=2, batch_size=4))
+
+
+pytestmark = pytest.mark.slow
 
 
 def large(images): return F.interpolate(images.float(), 112).to(torch.uint8) # rendered small, stored at the paper's size
