@@ -51,6 +51,9 @@ def answers(cluster, out, **calls):
     return {k: v.result()[1] for k, v in waiting.items()}, said
 
 
+pytestmark = pytest.mark.slow
+
+
 # --- options
 
 @pytest.mark.parametrize("options,said", [

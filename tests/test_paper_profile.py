@@ -49,6 +49,9 @@ def small(): # the paper's profile with every count made tiny; 112 px, volumes a
                 teacher=changed(p.teacher, **net), student=changed(p.student, **net), simmat=changed(p.simmat, **short), dcface=changed(p.dcface, **short))
 
 
+pytestmark = pytest.mark.slow
+
+
 def large(images): return F.interpolate(images.float(), 112).to(torch.uint8) # rendered small, stored at the paper's size
 
 
