@@ -34,8 +34,12 @@ from .statistics import agreement, is_significant, least_difference, over_seeds,
 # %% ../../nbs/paper/07_methods.ipynb #1b437fcd
 METHODS = {"CemiFace": 0., "DCFace": None} # the m that its sets are drawn at
 
-def _set_embeddings(study:Study, m:float|None)->dict: # emb [N,D], labels [N] of the first seed's set
-    return study.embedded(generated=study.generated(m, 0)).load()
+def _generated(study:Study)->dict: # method -> task with embeddings and images of the first seed's set
+    return {k: study.embedded(generated=study.generated(m, 0)) for k, m in METHODS.items()}
+
+def _compared(study:Study)->dict: # name -> task of the same kind: real faces, both methods, rendered heads
+    real, rendered = (study.embedded(faces=f) for f in (study.faces(), study.rendered_set("digiface")))
+    return {"real faces": real, **_generated(study), "DigiFace": rendered}
 
 def subject_means(faces:dict, # emb [N,D], labels [N]
                   inquiry:Tensor, # [S,D]
@@ -83,13 +87,12 @@ TABLE7 = ("In mean cosine to their inquiry DCFace's images differ from CemiFace'
           "DCFace, and all subjects have moved together by {shift:.3f} and {shift_dcface:.3f} (squared distances of "
           "embeddings).")
 
-def _needs7(study:Study)->list:
-    return [study.inquiries(), *(study.embedded(generated=study.generated(m, 0)) for m in METHODS.values())]
+def _needs7(study:Study)->list: return [study.inquiries(), *_generated(study).values()]
 
 @result("Table 7: similarity to the inquiry, CemiFace and DCFace (Section A.4)", needs=_needs7)
 def table7(study:Study)->Finding:
     "Achieved similarity of the sets of both methods, and where their subjects lie."
-    sets = {k: _set_embeddings(study, m) for k, m in METHODS.items()}
+    sets = {k: t.load() for k, t in _generated(study).items()}
     inquiry = study.inquiries().load()["emb"][:study.profile.set_subjects]
     table = similarity_table({k: achieved_similarity(v["emb"], v["labels"], inquiry, k) for k, v in sets.items()})
     columns = ["scatter", "common shift"]
@@ -137,10 +140,8 @@ def first_images(faces:dict, # emb [N,D], labels [N]
 
 def _equal_sets(study:Study)->tuple[dict, Tensor]: # name -> [S,K,D]; reference [S,K,D]
     "Every set as subjects times images, as many of each as all have."
-    digiface, K = study.embedded(faces=study.rendered_set("digiface")).load(), study.curve
-    every = {k: _set_embeddings(study, m) for k, m in METHODS.items()} | {"DigiFace": digiface}
-    sets = {k: first_images(v, K) for k, v in every.items()}
-    real = first_images(study.embedded(faces=study.faces()).load(), K)
+    sets = {k: first_images(t.load(), study.curve) for k, t in _compared(study).items()}
+    real = sets.pop("real faces")
     S = min(*map(len, sets.values()), len(real) // 2)
     return {k: v[:S] for k, v in sets.items()} | {"other real faces": real[S:2 * S]}, real[:S]
 
@@ -158,7 +159,7 @@ def distance_facts(table:pd.DataFrame, # of `table12`
         facts |= {f"gap{i}": gap, f"least{i}": 2 * error, f"fid{i}": paper, f"says{i}": says}
     return facts
 
-# %% ../../nbs/paper/07_methods.ipynb #ce459708
+# %% ../../nbs/paper/07_methods.ipynb #82e1fa3a
 TABLE12 = ("In the embedding space of E_id CemiFace's Fréchet distance to real faces differs from DCFace's by "
            "{gap0:+.3f} ± {least0:.3f} (twice the standard error over {subjects} subjects; FID: {fid0:+.2f}), which "
            "{says0}. DigiFace's differs from CemiFace's by {gap1:+.3f} ± {least1:.3f} (FID: {fid1:+.2f}), which "
@@ -166,12 +167,7 @@ TABLE12 = ("In the embedding space of E_id CemiFace's Fréchet distance to real 
            "Distances between samples of this size are biased upwards, so they compare with one another and with "
            "other real faces; they are not FID, which needs Inception's weights.")
 
-def _needs12(study:Study)->list:
-    faces = (study.rendered_set("digiface"), study.faces())
-    sets = [study.embedded(generated=study.generated(m, 0)) for m in METHODS.values()]
-    return sets + [study.embedded(faces=f) for f in faces]
-
-@result("Table 12: distance to real faces (Section B.4.3)", needs=_needs12)
+@result("Table 12: distance to real faces (Section B.4.3)", needs=lambda study: [*_compared(study).values()])
 def table12(study:Study)->Finding:
     "Fréchet distance of each set to real faces in the embedding space of E_id, beside the published FID."
     sets, reference = _equal_sets(study)
@@ -190,20 +186,15 @@ VARIETY = ("Of an image's brightness the label tells {real:.2f} in real faces, {
            "{dcface:.2f} in DCFace's (ICC; {images} images of each of up to {subjects} subjects). A set whose labels "
            "tell more of the light than real ones do lets a recogniser learn light in the place of people.")
 
-def _pictures(study:Study)->dict: # name -> task with the images of a set
-    drawn = {k: study.embedded(generated=study.generated(m, 0)) for k, m in METHODS.items()}
-    rendered = study.embedded(faces=study.rendered_set("digiface"))
-    return {"real faces": study.embedded(faces=study.faces()), **drawn, "DigiFace": rendered}
-
 def variety_facts(table:pd.DataFrame)->dict: # of `look_table`
     at = table.set_index("set").brightness
     return dict(real=at["real faces"], cemiface=at["CemiFace"], dcface=at["DCFace"])
 
-@result("Variety: what a label tells of the look of an image", needs=lambda study: [*_pictures(study).values()])
+@result("Variety: what a label tells of the look of an image", needs=lambda study: [*_compared(study).values()])
 def variety(study:Study)->Finding:
     "Intraclass correlation of brightness, contrast and side of the light: real faces, and the sets of both methods."
     most, K = min(study.profile.set_subjects, 1000), study.curve
-    table = look_table({name: first_pictures(*task.images(), K, most) for name, task in _pictures(study).items()})
+    table = look_table({name: first_pictures(*task.images(), K, most) for name, task in _compared(study).items()})
     return Finding(VARIETY, table, plot_looks(table), variety_facts(table) | dict(images=K, subjects=most))
 
 # %% ../../nbs/paper/07_methods.ipynb #ba4e9ef7
@@ -230,15 +221,14 @@ def condition_facts(table:pd.DataFrame, # of `conditioning`
                 says="more than seeds do" if is_significant(gap, least) else "not separable at this size",
                 **{k: centre[c] for k, c in names.items()}, **{f"{k}_image": image[c] for k, c in names.items()})
 
-# %% ../../nbs/paper/07_methods.ipynb #6d6e882a
+# %% ../../nbs/paper/07_methods.ipynb #4f5c5881
 def _needs_conditioning(study:Study)->list:
     tasks = _conditioned(study).values()
     return [study.inquiries(), *(x for ts in tasks for x in (*ts, study.embedded(generated=ts[0].generated)))]
 
 @result("Conditioning: on the image, or on its subject's centre", needs=_needs_conditioning)
 def conditioning(study:Study)->Finding:
-    """What a recogniser learns from sets of generators conditioned on an image's embedding and on its subject's mean
-    embedding."""
+    "What a recogniser learns from sets of generators conditioned on an image, and on its subject's centre."
     tasks, inquiry = _conditioned(study), study.inquiries().load()["emb"][:study.profile.set_subjects]
     measured = over_seeds({k: [t.run() for t in ts] for k, ts in tasks.items()})
     table = measured[["AVG", "AVG_sd"]].rename_axis("setting").reset_index()
@@ -281,14 +271,11 @@ def published_row(name:str, # of a user's set: METHOD, or METHOD-1.2M
     if parts: rows = rows[rows.volume_M == float(parts[2])]
     return (rows.method.iloc[0], rows.volume_M.iloc[0]) if len(rows) else (f"sets/{name}", round(images / 1e6, 2))
 
-def _other_trainings(study:Study)->dict: # (row, volume) -> its task of each seed
-    sets = study.other_sets().items()
-    return {published_row(name, s.count): [study.other_training(s, seed) for seed in study.seeds] for name, s in sets}
-
 def _trainings(study:Study)->dict: # (published row, volume) -> its task of each seed
     ours = {(ROWS[k], v): (m, v) for v in VOLUMES for k, m in METHODS.items()}
-    runs = {k: [volume_training(study, *mv, seed) for seed in study.seeds] for k, mv in ours.items()}
-    return runs | _other_trainings(study)
+    others = {published_row(name, faces.count): faces for name, faces in study.other_sets().items()}
+    return ({k: [volume_training(study, *mv, seed) for seed in study.seeds] for k, mv in ours.items()} |
+            {k: [study.other_training(faces, seed) for seed in study.seeds] for k, faces in others.items()})
 
 def comparison(measured:pd.DataFrame, # index (row, volume); images, proc-..., AVG, AVG_sd, GtR
                )->pd.DataFrame: # every published row, and what is measured beside it; then rows that are measured only
