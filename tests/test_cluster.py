@@ -35,7 +35,6 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a job does not fi
 LOCAL = Cluster(kind="local")
 SIMMAT = changed(PROFILES["smoke"].simmat, steps=6, batch_size=8)
 PROFILE = changed(PROFILES["smoke"], simmat=SIMMAT, steps=2)
-pytestmark = pytest.mark.slow
 
 
 class Task:
