@@ -31,16 +31,19 @@ def from_source(study:Study, name:str, m=0., **how)->list: # a task a seed
     return [study.set_training(m, seed, inquiries=study.inquiries(SOURCES[name]), **how) for seed in study.seeds]
 
 def _table5(study:Study)->dict:
-    return {f"{name}, m = {m:g}": from_source(study, name, m) for name in ("WebFace", "DigiFace", "DDPM") for m in (-.1, 0., .1)}
+    return {f"{name}, m = {m:g}": from_source(study, name, m)
+            for name in ("WebFace", "DigiFace", "DDPM") for m in (-.1, 0., .1)}
 
 table5 = ablation("table5", "Table 5: the best m of each inquiry source (Section 4.2.2)", _table5, list(range(9)))
 
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #435d30df
 def _table4(study:Study)->dict:
-    generators = {name: study.variant(name.lower()) for name in ("CASIA", "Flickr", "VGGFace2")} # by the kind of photo they go on with
+    # by the kind of photo that the generator goes on with
+    generators = {name: study.variant(name.lower()) for name in ("CASIA", "Flickr", "VGGFace2")}
     rows = {f"CemiFace on {data}, inquiries {source}": from_source(study, source, generator=g)
             for data, g in generators.items() for source in ("WebFace", "DDPM", "Flickr")}
-    return rows | {f"DCFace on CASIA, inquiries {source}": from_source(study, source, None) for source in ("WebFace", "DDPM")}
+    return rows | {f"DCFace on CASIA, inquiries {source}": from_source(study, source, None)
+                   for source in ("WebFace", "DDPM")}
 
 table4 = ablation("table4", "Table 4: training data and inquiries (Section 4.2.2)", _table4, list(range(11)), WENT_ON)
 
@@ -49,7 +52,8 @@ def _table8(study:Study)->dict:
     centre = lambda kind, m: [study.set_training(m, seed, centres=study.centres(kind)) for seed in study.seeds]
     rows = {"random centre, m = 1": centre("random", 1.)}
     rows |= {f"identity centre, m = {m:g}": centre("identity", m) for m in (1., .7, .5, .2, .1, 0.)}
-    return rows | {"1-shot DigiFace, m = 0": from_source(study, "DigiFace"), "1-shot WebFace, m = 0": from_source(study, "WebFace"),
+    return rows | {"1-shot DigiFace, m = 0": from_source(study, "DigiFace"),
+                   "1-shot WebFace, m = 0": from_source(study, "WebFace"),
                    "DCFace": from_source(study, "WebFace", None)}
 
 table8 = ablation("table8", "Table 8: inquiry centres (Section B.1)", _table8, list(range(10)))
@@ -61,16 +65,19 @@ def centre_table(cos_sim:dict, # kind of centre -> cosines to it [N,M], from hig
     "Mean achieved cosine at each m, how far it falls from the first m to the last, and the standard error of that."
     spans = {k: c[:, 0] - c[:, -1] for k, c in cos_sim.items()}
     return pd.DataFrame([{"centre": k, **{f"m = {m:g}": v for m, v in zip(ms, c.mean(0).tolist())},
-                          "span": spans[k].mean().item(), "span_se": spans[k].std().item() / len(c)**.5} for k, c in cos_sim.items()])
+                          "span": spans[k].mean().item(), "span_se": spans[k].std().item() / len(c)**.5}
+                         for k, c in cos_sim.items()])
 
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #e88ee5cc
-FIGURE6 = ("From m = {high:g} to m = {low:g} the achieved cosine falls by {span[0]:.2f} ± {se[0]:.2f} for faces, {span[1]:.2f} ± {se[1]:.2f} for "
-           "identity centres and {span[2]:.2f} ± {se[2]:.2f} for random ones (mean and standard error over {centres} of each). "
+FIGURE6 = ("From m = {high:g} to m = {low:g} the achieved cosine falls by {span[0]:.2f} ± {se[0]:.2f} for faces, "
+           "{span[1]:.2f} ± {se[1]:.2f} for identity centres and {span[2]:.2f} ± {se[2]:.2f} for random ones "
+           "(mean and standard error over {centres} of each). "
            "The paper's recogniser does not converge on images of random centres (Table 8).")
 
 def _samples6(study:Study)->dict: # kind of centre -> its samples; the i-th of each from the same noise
     n, ms = min(24, study.profile.set_subjects), study.profile.control_ms
-    return {"1-shot face": study.samples(n, 1, ms)} | {f"{k} centre": study.samples(n, 1, ms, centres=study.centres(k)) for k in ("identity", "random")}
+    centres = {f"{k} centre": study.samples(n, 1, ms, centres=study.centres(k)) for k in ("identity", "random")}
+    return {"1-shot face": study.samples(n, 1, ms)} | centres
 
 @result("Figure 6: inquiry centres (Section B.1)", needs=lambda study: [*_samples6(study).values()])
 def figure6(study:Study, rows:int=1)->Finding: # rows: of each kind of centre
@@ -78,7 +85,8 @@ def figure6(study:Study, rows:int=1)->Finding: # rows: of each kind of centre
     ms, samples = study.profile.control_ms, {k: t.load() for k, t in _samples6(study).items()}
     cos_sim = {k: achieved(v)[:, :, 0].T for k, v in samples.items()} # [N,M]
     table, centres = centre_table(cos_sim, ms), len(cos_sim["1-shot face"])
-    first = [x for k, v in samples.items() for x in (v["inquiry"][:rows] if "inquiry" in v else [k.replace(" ", "\n")] * rows)]
+    first = [x for k, v in samples.items()
+             for x in (v["inquiry"][:rows] if "inquiry" in v else [k.replace(" ", "\n")] * rows)]
     images = torch.cat([v["images"][:, :rows, 0].transpose(0, 1) for v in samples.values()])
     fig = plot_rows(first, images, torch.cat([c[:rows] for c in cos_sim.values()]), [f"m = {m:g}" for m in ms])
     facts = dict(high=ms[0], low=ms[-1], span=table.span.tolist(), se=table.span_se.tolist(), centres=centres)
@@ -91,19 +99,21 @@ def sharpness(images:Tensor, # uint8 [...,3,S,S]
               )->Tensor: # [...]
     "Mean absolute Laplacian of the grey image."
     grey = images.float().mean(-3)
-    return (4 * grey[..., 1:-1, 1:-1] - grey[..., :-2, 1:-1] - grey[..., 2:, 1:-1] - grey[..., 1:-1, :-2] - grey[..., 1:-1, 2:]).abs().mean((-2, -1))
+    around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
+    return (4 * grey[..., 1:-1, 1:-1] - around).abs().mean((-2, -1))
 
 def challenge_table(samples:dict, # challenge -> samples as `Samples.load` gives them, `clear` among them
-                    )->pd.DataFrame: # a row a challenge; the last columns: paired difference of `person` from clear, half its 95% interval
+                    )->pd.DataFrame: # a row a challenge; change: of `person` from clear, paired, and half its 95% interval
     "What a challenge hides, what of the person reaches the images, and how sharp they are."
     clear, rows = samples["clear"], []
-    person = {w: torch.einsum("nkd,nd->n", v["emb"][0], clear["inquiry_emb"]) / v["emb"].shape[2] for w, v in samples.items()}
+    to_clear = lambda emb: torch.einsum("nkd,nd->n", emb, clear["inquiry_emb"]) / emb.shape[1] # [N]
+    person, sharp = {w: to_clear(v["emb"][0]) for w, v in samples.items()}, sharpness(clear["images"]).mean()
     for w, v in samples.items():
         change = (person[w] - person["clear"]).numpy()
         half = student_t.ppf(.975, len(change) - 1) * change.std(ddof=1) / len(change)**.5
-        rows.append({"challenge": w, "inquiry": (v["inquiry_emb"] * clear["inquiry_emb"]).sum(1).mean().item(), "achieved": achieved(v).mean().item(),
-                     "person": person[w].mean().item(), "sharpness": (sharpness(v["images"]).mean() / sharpness(clear["images"]).mean()).item(),
-                     "change": change.mean(), "change ±": half})
+        rows.append({"challenge": w, "inquiry": (v["inquiry_emb"] * clear["inquiry_emb"]).sum(1).mean().item(),
+                     "achieved": achieved(v).mean().item(), "person": person[w].mean().item(),
+                     "sharpness": (sharpness(v["images"]).mean() / sharp).item(), "change": change.mean(), "change ±": half})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #e01bacc8
@@ -116,7 +126,8 @@ def plot_challenges(samples:dict, # challenge -> samples
     fig, axes = plt.subplots(1, people, figsize=(2.8 * people, 2.8 * len(samples) / 4.1), squeeze=False)
     S, C = samples["clear"]["images"].shape[-1], samples["clear"]["images"].shape[2] + 1
     for p, ax in enumerate(axes[0]):
-        sheet = contact_sheet(torch.stack([torch.cat([v["inquiry"][p][None], v["images"][0, p]]) for v in samples.values()]))
+        rows = [torch.cat([v["inquiry"][p][None], v["images"][0, p]]) for v in samples.values()]
+        sheet = contact_sheet(torch.stack(rows))
         ax.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
         ax.set(xticks=[S / 2, (S + 2) * (C + 1) / 2], xticklabels=["inquiry", "drawn at m = 0"],
                yticks=[(S + 2) * i + S / 2 for i in range(len(samples))], yticklabels=samples if p == 0 else [])
@@ -125,11 +136,12 @@ def plot_challenges(samples:dict, # challenge -> samples
     return fig
 
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #b9c1f413
-FIGURE8 = ("The {worst} inquiry costs most of the person: at m = 0 its images have a cosine of {person:.2f} to the clear photo, "
-           "beside {clear:.2f} if that is the inquiry ({change:+.2f} ± {change ±:.2f}, paired over {people} people, 95%). "
+FIGURE8 = ("The {worst} inquiry costs most of the person: at m = 0 its images have a cosine of {person:.2f} "
+           "to the clear photo, beside {clear:.2f} if that is the inquiry "
+           "({change:+.2f} ± {change ±:.2f}, paired over {people} people, 95%). "
            "The paper shows such images without measuring them.")
-FIGURE8_REAL = ("At m = 0 images have a cosine of {achieved:.2f} to a {worst} inquiry, beside {clear:.2f} to a clear one "
-                "(means over {people} people, others for each challenge).")
+FIGURE8_REAL = ("At m = 0 images have a cosine of {achieved:.2f} to a {worst} inquiry, "
+                "beside {clear:.2f} to a clear one (means over {people} people, others for each challenge).")
 
 def challenge_facts(table:pd.DataFrame, # of `challenge_table`
                     measure:str, # column: person, or achieved

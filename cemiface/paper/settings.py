@@ -33,8 +33,9 @@ def settings_table(runs:dict, # name of a setting -> task results, a seed each
     return table
 
 # %% ../../nbs/paper/05_settings.ipynb #8c589b36
-BEST = ('The best of {rows} is "{best}" (AVG {avg:.2f}), ahead of {behind} of the others by more than the least significant difference '
-        '({least_words}); in the paper it is "{published_best}" ({published:.2f}; here {here:.2f}). ')
+BEST = ('The best of {rows} is "{best}" (AVG {avg:.2f}), ahead of {behind} of the others '
+        'by more than the least significant difference ({least_words}); '
+        'in the paper it is "{published_best}" ({published:.2f}; here {here:.2f}). ')
 ORDER = "The rank correlation with the paper is {rank} over {compared} settings. "
 
 def least_words(least:float, # of `least_difference`
@@ -49,7 +50,8 @@ def settings_facts(table:pd.DataFrame, # of `settings_table`
     avg, least = table.set_index("setting").AVG, least_difference(table.AVG_sd, seeds)
     paper = table.set_index("setting")["AVG published"].dropna()
     return dict(rows=len(avg), best=avg.idxmax(), avg=avg.max(), behind=len(behind(avg, least)),
-                least=least, least_words=least_words(least), published_best=paper.idxmax(), published=paper.max(), here=avg[paper.idxmax()],
+                least=least, least_words=least_words(least),
+                published_best=paper.idxmax(), published=paper.max(), here=avg[paper.idxmax()],
                 rank=rank_agreement(avg[paper.index], paper), compared=len(paper))
 
 # %% ../../nbs/paper/05_settings.ipynb #a66c645e
@@ -63,8 +65,9 @@ def plot_settings(table:pd.DataFrame, # of `settings_table`
     if least == least: ours.axvspan(table.AVG.max() - least, table.AVG.max(), color=".92", lw=0)
     ours.errorbar(table.AVG, table.setting, xerr=table.AVG_sd.fillna(0), fmt="o", color="black", capsize=3)
     theirs.plot(table["AVG published"], table.setting, "s", color="C0")
-    ours.set(title="measured" if real else "measured, procedural benchmarks", xlabel="AVG, percent", ylim=(len(table) - .5, -.5))
-    theirs.set(title="published, photographs", xlabel="AVG, percent")
+    ours.set(title="measured" if real else "measured, procedural benchmarks", ylim=(len(table) - .5, -.5))
+    theirs.set(title="published, photographs")
+    for ax in (ours, theirs): ax.set_xlabel("AVG, percent")
     plt.close(fig)
     return fig
 
@@ -96,15 +99,16 @@ def trainings(study:Study, m, **settings)->list: # a task a seed
     return [study.set_training(m, seed, generator=study.variant(**settings)) for seed in study.seeds]
 
 def _table2(study:Study)->dict:
-    positive, up, around = dict(m_span=(0., 1.)), (0., .02, .04, .06, .08, .1), tuple(round(.02*i, 2) for i in range(-5, 6))
+    positive = dict(m_span=(0., 1.))
+    up, around = (0., .02, .04, .06, .08, .1), tuple(round(.02*i, 2) for i in range(-5, 6))
     return {"trained on [0,1], drawn at 0": trainings(study, 0., **positive),
             "trained on [0,1], drawn in [0,0.1]": trainings(study, up, **positive),
             "trained on [0,1], drawn in [-0.1,0.1]": trainings(study, around, **positive),
             "trained at 0, drawn at 0": trainings(study, 0., m_span=(0., 0.)),
             **{f"trained on [-1,1] by {i}, drawn at 0": trainings(study, 0., interval=i) for i in (.02, .04, .06)}}
 
-table2 = ablation("table2", "Table 2: similarity factors in training and in generation (Section 4.2.1)", _table2, [0, 1, 2, 4, 5, 6, 7],
-                  WENT_ON)
+table2 = ablation("table2", "Table 2: similarity factors in training and in generation (Section 4.2.1)",
+                  _table2, [0, 1, 2, 4, 5, 6, 7], WENT_ON)
 
 # %% ../../nbs/paper/05_settings.ipynb #fae812a4
 def _table3(study:Study)->dict:
@@ -115,27 +119,34 @@ table3 = ablation("table3", "Table 3: easy and semi-hard images mixed (Section 4
 
 # %% ../../nbs/paper/05_settings.ipynb #dd7cd411
 def _table13(study:Study)->dict:
-    changes = {"cosine, interval 0.02": {}, "Euclidean": dict(similarity="euclidean"), "interval 0.06": dict(interval=.06)}
+    changes = {"cosine, interval 0.02": {}, "Euclidean": dict(similarity="euclidean"),
+               "interval 0.06": dict(interval=.06)}
     return {name: trainings(study, 0., m_span=(0., 1.), **s) for name, s in changes.items()}
 
-table13 = ablation("table13", "Table 13: Euclidean distance, larger interval (Section B.4.4)", _table13, [0, 1, 2], WENT_ON)
+table13 = ablation("table13", "Table 13: Euclidean distance, larger interval (Section B.4.4)",
+                   _table13, [0, 1, 2], WENT_ON)
 
 # %% ../../nbs/paper/05_settings.ipynb #d94c186c
 def _table14(study:Study)->dict:
     return {f"lambda {w:g}": trainings(study, 0., m_span=(0., 1.), lambda_simmat=w) for w in (.01, .05, .1, .5)}
 
-table14 = ablation("table14", "Table 14: weight of the similarity matching loss (Section B.4.5)", _table14, [0, 1, 2, 3], WENT_ON)
+table14 = ablation("table14", "Table 14: weight of the similarity matching loss (Section B.4.5)",
+                   _table14, [0, 1, 2, 3], WENT_ON)
 
 # %% ../../nbs/paper/05_settings.ipynb #2794dc4a
 LOSSES = {"AdaFace": "adaface", "CosFace": "cosface"}
-NEW_RECOGNISERS = "Both recognisers are new to the usual generator, which goes on with each for {longer} steps of {batch} images."
+NEW_RECOGNISERS = ("Both recognisers are new to the usual generator, "
+                   "which goes on with each for {longer} steps of {batch} images.")
 
 def _pretraining(study:Study)->dict:
     steps = dict(steps=LONGER * study.profile.variant_steps) if study.profile.variant_steps else {}
     guided = lambda loss: study.variant(recogniser=study.pretrained(loss), **steps)
-    real = {f"real faces, {name}": [study.real_training(s, margin=loss) for s in study.seeds] for name, loss in LOSSES.items()}
-    return real | {f"CemiFace, E_id trained with {name}": [study.set_training(0., s, generator=guided(loss)) for s in study.seeds]
+    real = {f"real faces, {name}": [study.real_training(s, margin=loss) for s in study.seeds]
+            for name, loss in LOSSES.items()}
+    return real | {f"CemiFace, E_id trained with {name}":
+                   [study.set_training(0., s, generator=guided(loss)) for s in study.seeds]
                    for name, loss in LOSSES.items()}
 
-table_pretrained_loss = ablation("table_pretrained_loss", "Unnumbered table: loss of the recogniser that guides the generator (Section B.3.1)",
-                                 _pretraining, [0, 1, 2, 3], NEW_RECOGNISERS)
+table_pretrained_loss = ablation(
+    "table_pretrained_loss", "Unnumbered table: loss of the recogniser that guides the generator (Section B.3.1)",
+    _pretraining, [0, 1, 2, 3], NEW_RECOGNISERS)

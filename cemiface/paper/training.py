@@ -26,31 +26,36 @@ from .statistics import agreement, least_difference, over_seeds, verdict
 NETWORKS = {"IR-18": "ir18", "IR-SE-50": "irse50", "IR-SE-100": "irse100"} # the paper's name: ours
 
 def _students(study:Study)->dict: # the paper's name -> task of each seed
-    return {name: [study.set_training(0., s, student=dict(backbone=ours)) for s in study.seeds] for name, ours in NETWORKS.items()}
+    return {name: [study.set_training(0., s, student=dict(backbone=ours)) for s in study.seeds]
+            for name, ours in NETWORKS.items()}
 
 def weights_of(study:Study, name:str)->int: # parameters of the network that a student trains
     "How large a network of Table 10 is at this profile."
     s = study.profile.student
-    with torch.device("meta"): return sum(p.numel() for p in backbone(NETWORKS[name], s.size, s.width, s.emb_dim).parameters())
+    with torch.device("meta"): network = backbone(NETWORKS[name], s.size, s.width, s.emb_dim)
+    return sum(p.numel() for p in network.parameters())
 
 # %% ../../nbs/paper/08_training.ipynb #03ff8d8a
 def network_facts(table:pd.DataFrame, # backbone, AVG, AVG_sd, AVG published
                   seeds:int, # of each network
                   )->dict: # fills BEST and STEPS10
     "Which network is best, what each adds to the one before, and whether that agrees with the paper."
-    facts, steps = settings_facts(table.rename(columns={"backbone": "setting"}), seeds), table.set_index("backbone")[["AVG", "AVG published"]].diff()
+    facts = settings_facts(table.rename(columns={"backbone": "setting"}), seeds)
+    steps = table.set_index("backbone")[["AVG", "AVG published"]].diff()
     return facts | dict(step=steps.AVG.to_dict(), published_step=steps["AVG published"].to_dict(),
                         agrees={k: agreement(s.AVG, facts["least"], s["AVG published"]) for k, s in steps.iterrows()})
 
 # %% ../../nbs/paper/08_training.ipynb #ade578e7
-STEPS10 = ("IR-SE-50 adds {step[IR-SE-50]:+.2f} to IR-18, which {agrees[IR-SE-50]} (there {published_step[IR-SE-50]:+.2f}); "
-           "IR-SE-100 adds {step[IR-SE-100]:+.2f} to IR-SE-50, which {agrees[IR-SE-100]} (there {published_step[IR-SE-100]:+.2f}). ")
-SIZES10 = ("The set has {subjects:,} subjects and {images:,} images of {size} px, for networks {width} channels wide that train for {epochs} epochs "
-           "(paper: 0.5M images, 112 px, 64 channels, 40 epochs).")
+STEPS10 = ("IR-SE-50 adds {step[IR-SE-50]:+.2f} to IR-18, which {agrees[IR-SE-50]} "
+           "(there {published_step[IR-SE-50]:+.2f}); IR-SE-100 adds {step[IR-SE-100]:+.2f} to IR-SE-50, "
+           "which {agrees[IR-SE-100]} (there {published_step[IR-SE-100]:+.2f}). ")
+SIZES10 = ("The set has {subjects:,} subjects and {images:,} images of {size} px, for networks {width} channels wide "
+           "that train for {epochs} epochs (paper: 0.5M images, 112 px, 64 channels, 40 epochs).")
 
-@result("Table 10: larger networks on the same set (Section B.4.1)", needs=lambda study: [t for ts in _students(study).values() for t in ts])
+@result("Table 10: larger networks on the same set (Section B.4.1)",
+        needs=lambda study: [t for ts in _students(study).values() for t in ts])
 def table10(study:Study)->Finding:
-    "IR-18, IR-SE-50 and IR-SE-100 trained on the set at m = 0: AVG, mean and standard deviation over seeds, beside the paper."
+    "IR-18, IR-SE-50 and IR-SE-100 trained on the set at m = 0: AVG over seeds beside the paper."
     runs = {name: [t.run() for t in ts] for name, ts in _students(study).items()}
     measured = over_seeds(runs).rename_axis("backbone").reset_index()
     table = beside(measured, "table10", on="backbone", columns=["AVG"])
@@ -70,7 +75,8 @@ def history_summary(history:pd.DataFrame, # a row an epoch: epoch, loss, AVG
                     )->dict: # numbers of one training
     "Epoch of the best AVG (the first of equals), best and last AVG, first and last loss."
     best, last = history.loc[history.AVG.idxmax()], history.iloc[-1]
-    return dict(epochs_to_best_AVG=float(best.epoch), best_AVG=best.AVG, last_AVG=last.AVG, first_loss=history.loss.iloc[0], final_loss=last.loss)
+    return dict(epochs_to_best_AVG=float(best.epoch), best_AVG=best.AVG, last_AVG=last.AVG,
+                first_loss=history.loss.iloc[0], final_loss=last.loss)
 
 # %% ../../nbs/paper/08_training.ipynb #db80a369
 def over_histories(histories:dict, # m -> histories, one a seed
@@ -81,12 +87,12 @@ def over_histories(histories:dict, # m -> histories, one a seed
     return means.join(sds.add_suffix("_sd")).rename_axis("m").reset_index()
 
 # %% ../../nbs/paper/08_training.ipynb #44897b1c
-DYNAMICS = ("That the loss ends lower the higher m: {order} ({rises[0]:+.2f} from m = 0.7 to 0, {rises[1]:+.2f} from there to -0.5; "
-            "least significant difference {least_loss}). "
-            "At m = 0.7 the best of {epochs} epochs is number {best_epochs[0]:.1f}, at m = 0 number {best_epochs[1]:.1f}; "
-            "the difference of {later:+.1f} {early} (there, of 40, 10 and 38; "
-            "least significant difference {least_epochs}). The best epoch is chosen on the benchmarks themselves, as in D.1; "
-            "every other table takes the last.")
+DYNAMICS = ("That the loss ends lower the higher m: {order} ({rises[0]:+.2f} from m = 0.7 to 0, "
+            "{rises[1]:+.2f} from there to -0.5; least significant difference {least_loss}). "
+            "At m = 0.7 the best of {epochs} epochs is number {best_epochs[0]:.1f}, at m = 0 number "
+            "{best_epochs[1]:.1f}; the difference of {later:+.1f} {early} (there, of 40, 10 and 38; "
+            "least significant difference {least_epochs}). The best epoch is chosen on the benchmarks themselves, "
+            "as in D.1; every other table takes the last.")
 
 def dynamics_facts(table:pd.DataFrame, # of `over_histories`: m = 0.7, 0 and -0.5
                    seeds:int, # of each m
@@ -94,38 +100,45 @@ def dynamics_facts(table:pd.DataFrame, # of `over_histories`: m = 0.7, 0 and -0.
     "Does the loss end lower the higher m, and does the best epoch come earlier at m = 0.7 than at m = 0?"
     least_loss, least_epochs = (least_difference(table[f"{of}_sd"], seeds) for of in ("final_loss", "epochs_to_best_AVG"))
     rises, epochs = table.final_loss.diff().tolist()[1:], table.epochs_to_best_AVG.tolist()
-    paper = published("dynamics").set_index("m").epochs_to_best_AVG
-    return dict(order=verdict(rises, least_loss), rises=rises, least_loss=least_words(least_loss), best_epochs=epochs, later=epochs[0] - epochs[1],
-                early=agreement(epochs[0] - epochs[1], least_epochs, paper[.7] - paper[0]), least_epochs=least_words(least_epochs))
+    paper, later = published("dynamics").set_index("m").epochs_to_best_AVG, epochs[0] - epochs[1]
+    return dict(order=verdict(rises, least_loss), rises=rises, least_loss=least_words(least_loss),
+                best_epochs=epochs, later=later, early=agreement(later, least_epochs, paper[.7] - paper[0]),
+                least_epochs=least_words(least_epochs))
 
 # %% ../../nbs/paper/08_training.ipynb #0b17feee
 @figure_style()
 def plot_dynamics(histories:dict, # m -> histories, one a seed
                   title:str, # after "AVG by epoch"
                   )->Figure:
-    "AVG and loss by epoch: mean over seeds, the range of the seeds shaded, the mean's best epoch marked, drops of the learning rate dashed."
+    "AVG and loss by epoch: mean and range of seeds, the mean's best epoch marked, drops of the learning rate dashed."
     epochs = pd.concat([h.assign(m=f"m = {m:g}") for m, hs in histories.items() for h in hs], ignore_index=True)
     colours, lr = {f"m = {m:g}": m_colours(m) for m in histories}, epochs.groupby("epoch").lr.first()
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.2))
     for ax, column in zip(axes, ("AVG", "loss")):
-        sns.lineplot(epochs, x="epoch", y=column, hue="m", palette=colours, lw=2, errorbar=("pi", 100), err_kws=dict(alpha=.18, lw=0), ax=ax)
+        sns.lineplot(epochs, x="epoch", y=column, hue="m", palette=colours, lw=2,
+                     errorbar=("pi", 100), err_kws=dict(alpha=.18, lw=0), ax=ax)
         for drop in lr.index[lr < .5 * lr.shift()]: ax.axvline(drop - 1, color=".6", ls="--", lw=.8, zorder=0)
         ax.xaxis.get_major_locator().set_params(integer=True)
     for m, mean in epochs.groupby(["m", "epoch"]).AVG.mean().groupby("m"):
         axes[0].plot(mean.idxmax()[1], mean.max(), "o", color=colours[m], ms=6, mec="white", zorder=3)
     axes[0].set(title=f"AVG by epoch, {title}", ylabel="accuracy, percent"), axes[0].get_legend().remove()
-    axes[1].set(title="training loss", ylabel="cross entropy of CosFace", ylim=(0, None)), axes[1].get_legend().set_title(None)
+    axes[1].set(title="training loss", ylabel="cross entropy of CosFace", ylim=(0, None))
+    axes[1].get_legend().set_title(None)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/paper/08_training.ipynb #dd97338f
-@result("Dynamics: training at m = .7, 0 and -.5, epoch by epoch (Section D.1)", needs=lambda study: [t for ts in _trainings(study).values() for t in ts])
+@result("Dynamics: training at m = .7, 0 and -.5, epoch by epoch (Section D.1)",
+        needs=lambda study: [t for ts in _trainings(study).values() for t in ts])
 def dynamics(study:Study)->Finding:
     "AVG and loss by epoch at three m, epochs to the best AVG and final loss beside the paper."
     histories = {m: [pd.DataFrame(t.run()["history"]) for t in ts] for m, ts in _trainings(study).items()}
     measured = over_histories(histories)
-    table = beside(measured, "dynamics", on="m", columns=["epochs_to_best_AVG"]).drop(columns="epochs_to_best_AVG difference")
-    numbers = ["epochs_to_best_AVG_sd", "best_AVG", "best_AVG_sd", "last_AVG", "last_AVG_sd", "first_loss", "final_loss", "final_loss_sd"]
-    table = table.join(measured[numbers]).assign(**{"final_loss published": published("dynamics").set_index("m").final_loss.reindex(table.m).to_list()})
+    best = "epochs_to_best_AVG"
+    table = beside(measured, "dynamics", on="m", columns=[best]).drop(columns=f"{best} difference")
+    numbers = ["epochs_to_best_AVG_sd", "best_AVG", "best_AVG_sd", "last_AVG", "last_AVG_sd",
+               "first_loss", "final_loss", "final_loss_sd"]
+    losses = published("dynamics").set_index("m").final_loss.reindex(table.m).to_list()
+    table = table.join(measured[numbers]).assign(**{"final_loss published": losses})
     facts = dynamics_facts(measured, len(study.seeds)) | dict(epochs=study.profile.student.epochs)
     return Finding(DYNAMICS, table, plot_dynamics(histories, f"profile {study.profile.name}"), facts)
