@@ -11,7 +11,7 @@ from cemiface.generation.conditioning import GENERATORS, face_conditioner, face_
 from cemiface.study.profiles import PROFILES
 from cemiface.study.study import Study
 from cemiface.paper.structure import draw_structure, levels, module_table, structure, trace_shapes
-from cemiface.paper.training import MS, NETWORKS
+from cemiface.paper.training import DYNAMICS_MS, NETWORKS
 from cemiface.generation.shipped import shipped_pipeline
 from cemiface.paper.published import published
 from cemiface.core.report import Finding
@@ -111,7 +111,7 @@ def test_results_at_the_smallest_size(made):
     table10, dynamics = found["table10"].table, found["dynamics"].table
     assert table10.backbone.tolist() == published("table10").backbone.tolist() == list(NETWORKS) and table10.AVG_sd.notna().all()
     for name, n in zip(NETWORKS.values(), table10.parameters): assert n == sum(p.numel() for p in backbone(name, 16, SMOKE.student.width).parameters())
-    assert dynamics.m.tolist() == list(MS) and dynamics["epochs_to_best_AVG published"].tolist()[:2] == [10, 38] and (dynamics.best_AVG >= dynamics.last_AVG).all()
+    assert dynamics.m.tolist() == list(DYNAMICS_MS) and dynamics["epochs_to_best_AVG published"].tolist()[:2] == [10, 38] and (dynamics.best_AVG >= dynamics.last_AVG).all()
     assert (out / "smoke" / "figures" / "figure3.png").exists() and "Not made" not in (out / "smoke" / "index.html").read_text()
     assert "nan" not in " ".join(found[n].text for n in RESULTS)
 
@@ -128,7 +128,9 @@ def test_a_followed_training_ends_as_one_that_is_not(made):
 def test_one_seed_has_no_spread(made):
     out, _, study = made
     one = reproduce(study.profile, ["table10", "dynamics"], out, seeds=1, say=lambda line: None, progress=False)
-    assert "not separable with 1 seed;" in one["table10"].text and one["table10"].table.AVG_sd.isna().all() and "nan" not in one["dynamics"].text
+    texts = [one[n].text for n in ("table10", "dynamics")]
+    assert "unknown with one seed" in texts[0] and texts[0].count("has no spread to be judged by") == 2 and "one seed: no verdict" in texts[1]
+    assert one["table10"].table.AVG_sd.isna().all() and "nan" not in " ".join(texts)
 
 
 def test_figure3_needs_no_task(tmp_path):
