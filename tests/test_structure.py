@@ -72,9 +72,9 @@ def test_another_configuration_another_figure(monkeypatch):
     before = structure(SMOKE)
     said = words(draw_structure(before))
     s = with_generator(monkeypatch, block_out_channels=(16, 32, 48), layers_per_block=(1, 2, 1), attention=(False, False, True), tokens=2)
-    changed = words(draw_structure(s))
-    assert s.count("UNet") != before.count("UNet") and s.count_text("UNet") in changed and s.count_text("UNet") not in said
-    assert "48\n4²" in changed and "48\n4²" not in said and "[2, 32]" in changed
+    other = words(draw_structure(s))
+    assert s.count("UNet") != before.count("UNet") and s.count_text("UNet") in other and s.count_text("UNet") not in said
+    assert "48\n4²" in other and "48\n4²" not in said and "[2, 32]" in other
     assert levels(s).set_index("level").loc["up 2", ["size", "blocks", "heads"]].tolist() == [8, 3, 0]
     simmat = changed(SMOKE.simmat, lambda_simmat=.5, prediction="epsilon", interval=None, similarity="euclidean", T=50)
     other = words(draw_structure(structure(changed(SMOKE, simmat=simmat, steps=1, teacher=changed(SMOKE.teacher, backbone="irse18")))))
