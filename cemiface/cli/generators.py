@@ -80,13 +80,12 @@ def train_generator(
 
     Example, a row of Table 13: cemiface train-generator --data my_faces --set similarity=euclidean --set interval=0.06 --out euclidean
     """
-    import io
     import matplotlib
     matplotlib.use("Agg")
     import pandas as pd
+    from cemiface.core.figures import save_figure
     from cemiface.generation.conditioning import GENERATORS
     from cemiface.study.profiles import PROFILES
-    from cemiface.core.files import write_whole
     from cemiface.generation.diffusion import ddim_scheduler
     from cemiface.generation.simmat import PACE
     from cemiface.generation.training import plot_training
@@ -108,9 +107,7 @@ def train_generator(
     if int(os.environ.get("RANK", 0)): return # one of several processes speaks
     made = pipeline((unet, conditioner, network, ddim_scheduler(config.snr_scale, config.T, config.prediction)), faces)
     made.save_pretrained(out/"pipeline")
-    buffer = io.BytesIO()
-    plot_training(pd.read_csv(out/"train/log.csv")).savefig(buffer, format="png")
-    write_whole(out/"training.png", buffer.getvalue())
+    save_figure(plot_training(pd.read_csv(out/"train/log.csv")), out/"training.png")
     typer.echo(f"{config.steps} steps of {config.batch_size} images out of {len(faces)}; the generator is in {out/'pipeline'}, its losses in {out/'training.png'}\n"
                f"Draw a set: cemiface generate --inquiry proc:webface_1shot{' --m 0' * (method == 'simmat')} --model {out} --out SET")
 
@@ -231,18 +228,16 @@ def demo(
 
     Example: cemiface demo --out demo.png
     """
-    import io
+    from cemiface.core.figures import save_figure
     from cemiface.generation.shipped import shipped_models
     from cemiface.world.faces import world_faces
     from cemiface.recognition.training import embed
-    from cemiface.core.files import write_whole
     from cemiface.sets.synthesis import m_grid, plot_m_grid
     if out.suffix.lower() != ".png": raise ValueError(f"{out} does not end in .png: name a PNG file")
-    pipe, buffer = shipped_models(), io.BytesIO()
+    pipe = shipped_models()
     face = world_faces("webface_1shot", 1, 1, pipe.unet.config.sample_size, seed=seed).images
     grid = m_grid(pipe, face[0], DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
     cos = embed(pipe.recogniser, grid.flatten(0, 1)).cpu() @ embed(pipe.recogniser, face).cpu()[0]
-    plot_m_grid(grid, face[0], DEMO_MS).savefig(buffer, format="png", dpi=150)
-    write_whole(out, buffer.getvalue())
+    save_figure(plot_m_grid(grid, face[0], DEMO_MS), out, dpi=150)
     means = zip(DEMO_MS, cos.view(rows, -1).mean(0).tolist())
     typer.echo(f"Mean achieved cosine over {rows} noises: " + ", ".join(f"{c:.2f} at m = {m:g}" for m, c in means) + f"\nThe picture is in {out}")

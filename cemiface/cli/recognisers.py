@@ -25,6 +25,7 @@ MinPerSubject = Annotated[int, typer.Option(min=1, help="leave out subjects with
 
 def verification_sets(sets:str|None, skip_damaged:bool)->list:
     "The pairs of each named set, checked. ValueError or OSError names the one that cannot be used."
+    from cemiface.core.figures import save_figure
     from cemiface.data.pairs import open_pairs, without_damaged
     from cemiface.recognition.verification import check_sets
     if sets is None: return []
@@ -67,11 +68,9 @@ def train_recogniser(
 
     Example: cemiface train-recogniser --data my_set --out my_model --size 32 --width 16
     """
-    import io
     import matplotlib
     matplotlib.use("Agg")
     from cemiface.recognition import training as r
-    from cemiface.core.files import write_whole
     check_tracker(log_with)
     judges, world = verification_sets(sets, skip_damaged), int(os.environ.get("WORLD_SIZE", 1))
     faces = open_named(data, size, subjects, per_subject, seed, min_per_subject, strict)
@@ -83,9 +82,7 @@ def train_recogniser(
     claim(out, "train-recogniser", data=named_path(data), images=len(faces), subjects=faces.n_subjects, sets=sets, **config.model_dump())
     trained = r.train_recogniser(faces, config, out, (lambda model: accuracies(model, judges, config.precision)) if judges else None, log_with=log_with)
     if int(os.environ.get("RANK", 0)): return # one of several processes speaks
-    buffer = io.BytesIO()
-    r.plot_history(trained).savefig(buffer, format="png")
-    write_whole(out/"history.png", buffer.getvalue())
+    save_figure(r.plot_history(trained), out/"history.png")
     if judges: typer.echo(r.last_and_best(trained.history).drop(columns=["lr", "seconds"]).round(3).to_string())
     typer.echo(f"{config.backbone} + {config.margin}, {config.epochs} epochs on {len(faces)} images of {faces.n_subjects} subjects, last loss "
                f"{trained.history['loss'].iloc[-1]:.2f}, is in {out}\nTest it: cemiface verify --model {out}")
@@ -103,14 +100,12 @@ def own_pairs(labels, # [N] subject of each image
 # %% ../../nbs/cli/03_recognisers.ipynb #06867105
 def write_verification(out:Path, results:dict, table):
     "table.csv, and score histograms and ROC as verification.png."
-    import io
     import matplotlib
     matplotlib.use("Agg")
+    from cemiface.core.figures import save_figure
     from cemiface.core.files import write_whole
     from cemiface.recognition.verification import plot_verification
-    buffer = io.BytesIO()
-    plot_verification(results).savefig(buffer, format="png")
-    write_whole(out/"verification.png", buffer.getvalue())
+    save_figure(plot_verification(results), out/"verification.png")
     write_whole(out/"table.csv", table.to_csv().encode())
 
 # %% ../../nbs/cli/03_recognisers.ipynb #13b905b4
@@ -150,10 +145,10 @@ def verify(
         used, index = torch.as_tensor(index).unique(return_inverse=True)
         results = [{faces.name: v.verify(embed(network, faces.subset(used), batch_size, flip=True, progress=True, precision=precision)[index], issame)} for network in networks]
     else:
-        named = named or {n: procfaces.benchmark_pairs(n, pairs, *sizes, seed) for n in procfaces.BENCHMARKS}
+        named = named or {n: procfaces.benchmark_pairs(n, pairs, *sizes, seed) for n in procfaces.PROC_BENCHMARKS}
         results = [v.verify_sets(network, named, batch_size, progress=True, precision=precision) for network in networks]
     tables = [v.results_table(r) for r in results]
-    table = v.over_seeds(tables) if len(tables) > 1 else tables[0]
+    table = v.table_over_seeds(tables) if len(tables) > 1 else tables[0]
     typer.echo(table.drop(columns=[c for c in table if table[c].isna().all()]).round(2).to_string(na_rep=""))
     typer.echo((f"Accuracy in percent over {len(tables)} models; std: between them; ci: 95%, Student's t." if len(tables) > 1 else
                 "In percent. std: over ten folds; ci: 95%, bootstrap over pairs; tar@FAR: empty where a set has too few pairs.") + (f" The table is in {out}, with pictures{' of the first model' * (len(tables) > 1)}." if out else ""))
@@ -162,6 +157,8 @@ def verify(
 # %% ../../nbs/cli/03_recognisers.ipynb #dff25772
 def classifier_weights(model:Path, faces): # [C,D], a row a subject
     "The classifier that a recogniser was trained with. ValueError if it has none for these subjects."
+    from cemiface.core.figures import save_figure
+    from cemiface.core.files import write_whole
     from cemiface.recognition.training import load_recogniser
     if str(model) == "shipped" or not model.is_dir(): raise ValueError(f"--centres weights needs the folder of a recogniser trained on {faces.name}: {model} is none")
     centres = load_recogniser(model).centres
@@ -188,26 +185,23 @@ def groups(
 
     Example: cemiface groups --data my_faces --model my_model --out my_groups --write list
     """
-    import io
     import matplotlib
     matplotlib.use("Agg")
     import pandas as pd
     from cemiface.recognition import groups as g
     from cemiface.recognition.training import embed
-    from cemiface.core.files import write_whole
     network, data = open_recogniser(model, device), named_path(data) # so that images.csv names files alike however the set was named
     faces = open_named(data, network.config.size, subjects, per_subject, seed, max(n_groups, min_per_subject or n_groups * (2 if write else 1)), strict)
     if write and faces.encoded is None: raise ValueError(f"--write {write}: {data} is rendered, not stored: give a set on disk")
     claim(out, "groups", data=data, model=str(model), n_groups=n_groups, centres=centres, write=write, images=len(faces), seed=seed)
     weights = classifier_weights(model, faces) if centres == "weights" else None
     cos, group = g.subject_groups(embed(network, faces.images, progress=True), faces.labels, weights, n_groups)
-    table, buffer = g.group_table(cos, faces.labels, group), io.BytesIO()
+    table = g.group_table(cos, faces.labels, group)
     names = [faces.encoded.where(i) for i in range(len(faces))] if faces.encoded else range(len(faces))
     images = pd.DataFrame(dict(image=names, subject=[faces.subjects[i] for i in faces.labels.tolist()], cos=cos, group=group))
     write_whole(out/"images.csv", images.to_csv(index=False).encode())
     write_whole(out/"groups.csv", table.to_csv().encode())
-    g.plot_groups(faces.images, cos, faces.labels, group, range(min(3, faces.n_subjects))).savefig(buffer, format="png")
-    write_whole(out/"groups.png", buffer.getvalue())
+    save_figure(g.plot_groups(faces.images, cos, faces.labels, group, range(min(3, faces.n_subjects))), out/"groups.png")
     if write: g.write_groups(faces.encoded, group, out, write, progress=True)
     typer.echo(table.round(3).to_string())
     typer.echo(f"{len(faces)} images of {faces.n_subjects} subjects, 0 = most similar: images.csv, groups.csv and groups.png are in {out}" +

@@ -6,14 +6,14 @@
 __all__ = ['sample_embeddings', 'calibrate']
 
 # %% ../../nbs/generation/07_calibration.ipynb #75cce8a3
+import torch
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
-import torch
 from tqdm.auto import tqdm
 
 from ..data.faceset import to_float, to_uint8
-from .conditioning import identity_embedding, similarity_factors
 from .diffusion import denoise
+from .conditioning import identity_embedding, similarity_factors
 from .pipeline import CemiFacePipeline
 
 # %% ../../nbs/generation/07_calibration.ipynb #340ef6c4

@@ -9,26 +9,26 @@ __all__ = ['style_map', 'patch_statistics', 'style_cells', 'DCFaceConditioner', 
 
 # %% ../../nbs/generation/08_dcface.ipynb #2ff83b2b
 import math
-from typing import Any
 from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import (ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin,
                        UNet2DConditionModel)
 from diffusers.configuration_utils import register_to_config
 from pydantic import Field
 from torch import nn, Tensor
-import torch
 from torch.nn import functional as F
 
 from ..data.faceset import FaceSet, to_float, to_uint8
 from ..recognition.backbones import IResNet, stage_strides
 from ..recognition.groups import class_centres, cos_to_centre
-from .conditioning import GeneratorConfig, identity_embedding
 from .diffusion import denoise, image_noise, starting_noise
-from .pipeline import as_output, CemiFacePipeline, OwnModels
+from .conditioning import GeneratorConfig, identity_embedding
 from .simmat import similarity, TrainingConfig
 from .training import embed_both
 from .training import train_generator
+from .pipeline import as_output, CemiFacePipeline, OwnModels
 
 # %% ../../nbs/generation/08_dcface.ipynb #66d55446
 def style_map(

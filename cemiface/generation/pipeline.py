@@ -9,19 +9,19 @@ __all__ = ['MARK', 'as_output', 'calibrated_m', 'model_card', 'OwnModels', 'Cemi
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-import numpy as np
 from torch import Tensor
-import torch
 
 from ..core.files import write_whole
 from ..data.faceset import to_uint8
 from ..recognition.backbones import backbone, IResNet
+from .diffusion import ddim_scheduler, denoise, starting_noise
 from .conditioning import (Conditioner, face_conditioner, face_unet, GeneratorConfig,
                                               identity_embedding, similarity_factors)
-from .diffusion import ddim_scheduler, denoise, starting_noise
 from .standalone import standalone
 
 # %% ../../nbs/generation/06_pipeline.ipynb #e646fbe6

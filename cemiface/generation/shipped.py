@@ -8,18 +8,18 @@ __all__ = ['WEIGHTS', 'shipped_pipeline', 'save_beside', 'load_beside', 'shipped
 
 # %% ../../nbs/generation/09_shipped.ipynb #00de2707
 import hashlib
-from pathlib import Path
 from functools import lru_cache
+from pathlib import Path
 
+import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
-import torch
 
 import cemiface
 from ..core.machine import default_device
-from .dcface import DCFaceConditioner, DCFacePipeline, StyleBank
 from .pipeline import CemiFacePipeline
+from .dcface import DCFaceConditioner, DCFacePipeline, StyleBank
 
 # %% ../../nbs/generation/09_shipped.ipynb #c8e79daa
 WEIGHTS = Path(cemiface.__file__).parent/"weights"

@@ -24,7 +24,7 @@ import torch
 
 from ..core.files import write_whole
 from ..core.machine import default_device
-from ..world.faces import benchmark_pairs, BENCHMARKS, world_faces
+from ..world.faces import benchmark_pairs, PROC_BENCHMARKS, world_faces
 from ..data.faceset import FaceSet, open_faces, Picked
 from ..data.pairs import open_pairs, PairImages
 from ..recognition.backbones import backbone, forward_flops
@@ -130,7 +130,7 @@ class Benchmarks(BaseModel):
     def run(self)->dict: # of the user's, every image is decoded once: a damaged one is named now and not after a training
         if self.source is not None: return {name: len(whole_pairs(pairs)) for name, pairs in self.load().items()}
         kept = {}
-        for name in BENCHMARKS:
+        for name in PROC_BENCHMARKS:
             kept[f"{name}/images"], kept[f"{name}/issame"] = benchmark_pairs(name, self.pairs, self.size, device=default_device())
         _keep(self, **{k: torch.as_tensor(v) for k, v in kept.items()})
         return dict(pairs=self.pairs)
@@ -138,7 +138,7 @@ class Benchmarks(BaseModel):
     def load(self)->dict:
         if self.source is not None: return {name: open_pairs(pairs_path(Path(self.source), file)) for name, file in BINS.items()}
         kept = _kept(self)
-        return {n: (kept[f"{n}/images"], kept[f"{n}/issame"].bool()) for n in BENCHMARKS}
+        return {n: (kept[f"{n}/images"], kept[f"{n}/issame"].bool()) for n in PROC_BENCHMARKS}
 
     def lfw(self)->tuple: # images of pairs, in order; bool [P]
         first = next(iter(self.load().values()))
