@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'CONDITIONS', 'VOLUMES', 'ROWS', 'REAL', 'answer', 'subject_means', 'scatter_and_shift', 'similarity_table',
            'table7', 'distances', 'first_images', 'table12', 'variety', 'conditioning', 'volume_runs',
-           'volume_training', 'published_row', 'comparison', 'table6', 'plot_rows', 'figure9']
+           'volume_training', 'published_row', 'comparison', 'table6', 'figure9']
 
 # %% ../../nbs/paper/07_methods.ipynb #f74bfb3d
 import re
@@ -22,6 +22,7 @@ from ..study.study import Study
 from ..recognition.groups import cos_to_centre
 from ..audit.leakage import person_means
 from .impact_of_m import achieved
+from .inquiry_sources import plot_rows
 from .settings import margin, seen, settings_table
 from .published import published
 from ..core.report import Finding
@@ -291,29 +292,6 @@ def _about_others(measured:pd.DataFrame, # index (row, volume)
     paper = published("table6").set_index(["method", "volume_M"]).AVG
     said = "; ".join(f"{k[0]}, {measured.images[k]:,} images, {measured.AVG[k]:.2f}" + (f" (paper: {paper[k]:.2f})" if k in paper.index else "") for k in others)
     return f"The same network trained on sets of other methods reaches: {said}. Rows without a measured value are published only."
-
-# %% ../../nbs/paper/07_methods.ipynb #487e5081
-@figure_style()
-def plot_rows(first:list, # of each row: its inquiry, uint8 [3,S,S]; or text where there is none
-              images:Tensor, # uint8 [R,C,3,S,S]
-              cos:Tensor, # [R,C]
-              names:list[str], # of the columns
-              apart:int=0, # so many columns stand apart, at the end
-              )->Figure:
-    "A row an inquiry, its images with their cosines."
-    (R, C), minus = cos.shape, lambda text: text.replace("-", "\N{MINUS SIGN}")
-    gaps, columns = {1, C + 2 - apart} if apart else {1}, C + (3 if apart else 2)
-    fig, axes = plt.subplots(R, columns, figsize=(.78 * (C + 1.4), .93 * R + .2), width_ratios=[.2 if j in gaps else 1 for j in range(columns)], squeeze=False)
-    for ax in axes.flat: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-    fig.get_layout_engine().set(h_pad=.01, hspace=0)
-    for r in range(R):
-        for ax, x, c, name in zip(axes[r][[j for j in range(columns) if j not in gaps]], [first[r], *images[r]], [None, *cos[r].tolist()], ["inquiry", *names]):
-            if isinstance(x, str): ax.text(.5, .5, x, ha="center", va="center", fontsize=7.5, transform=ax.transAxes)
-            else: ax.imshow(x.permute(1, 2, 0).numpy(), interpolation="nearest")
-            if c is not None: ax.set_xlabel(minus(f"{c:.2f}"), fontsize=7, labelpad=2)
-            if r == 0: ax.set_title(minus(name), fontsize=8)
-    plt.close(fig)
-    return fig
 
 # %% ../../nbs/paper/07_methods.ipynb #156fc29b
 def _samples9(study:Study)->tuple: # of CemiFace, of DCFace; the same noise for the same inquiry
