@@ -2,12 +2,13 @@
 import torch
 from safetensors.torch import load_file
 
+from cemiface.core.settings import changed
 from cemiface.generation.conditioning import GENERATORS
 from cemiface.data.faceset import FaceSet
 from cemiface.sets.synthesis import generate_set
 
 SIZE = GENERATORS["smoke"].size
-TINY = GENERATORS["smoke"].model_copy(update=dict(block_out_channels=(8, 16), norm_groups=4, head_dim=8))
+TINY = changed(GENERATORS["smoke"], block_out_channels=(8, 16), norm_groups=4, head_dim=8)
 
 
 def inquiries(n=5):

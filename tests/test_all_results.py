@@ -11,6 +11,7 @@ from cemiface.paper.reproduce import RESULTS, list_results
 TABLES = [f"table{i}" for i in range(1, 15)] + ["table_pretrained_loss"]
 FIGURES = [f"figure{i}" for i in range(1, 10)]
 COMMAND = [sys.executable, "-m", "cemiface", "reproduce", "--all", "--profile", "smoke", "--jobs", "2"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 import cemiface.bench.generator as module
+from cemiface.core.settings import changed
 from cemiface.bench.generator import bench_accuracy, bench_generator_training, bench_sampling, bench_steps, generator_parts, run_bench_generator, where_sampling_goes
 from cemiface.generation.conditioning import GENERATORS, face_conditioner, face_unet
 from cemiface.study.profiles import PROFILES
@@ -78,7 +79,7 @@ def test_steps_against_quality():
 
 def test_accuracy_is_that_of_the_reproduction(monkeypatch, tmp_path):
     monkeypatch.setattr(module.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(tmp_path))
-    p, less = PROFILES["smoke"], lambda config, **kw: config.model_copy(update=kw)
+    p, less = PROFILES["smoke"], changed
     p = less(p, pairs=20, set_subjects=8, set_per_subject=3, simmat=less(p.simmat, steps=2), teacher=less(p.teacher, epochs=1))
     row, study = bench_accuracy("DDIM", p.steps, 2, p), Study(p, tmp_path, 2) # one folder: what was trained is there
     avg = [study.set_training(0., seed).run()["accuracy"]["AVG"] for seed in (0, 1)]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cemiface.core.settings import changed
 from cemiface.study import jobs
 from cemiface.cli.app import app
 from cemiface.study.profiles import PROFILES
@@ -32,8 +33,9 @@ from test_simmat import close
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a job does not find this file
 LOCAL = Cluster(kind="local")
-SIMMAT = PROFILES["smoke"].simmat.model_copy(update=dict(steps=6, batch_size=8))
-PROFILE = PROFILES["smoke"].model_copy(update=dict(simmat=SIMMAT, steps=2))
+SIMMAT = changed(PROFILES["smoke"].simmat, steps=6, batch_size=8)
+PROFILE = changed(PROFILES["smoke"], simmat=SIMMAT, steps=2)
+pytestmark = pytest.mark.slow
 
 
 class Task:
@@ -104,7 +106,7 @@ def test_a_dead_job_is_given_again_and_an_error_is_not(tmp_path):
 
 
 def test_a_job_that_takes_too_long_is_ended(tmp_path, monkeypatch):
-    short = LOCAL.model_copy(update=dict(retries=0))
+    short = changed(LOCAL, retries=0)
     plain = jobs.executor_of
     def seconds(*args):
         executor = plain(*args)
@@ -222,10 +224,10 @@ def test_two_processes_train_the_generator_as_one(two):
 def test_two_processes_draw_the_set_that_one_draws(two, tmp_path):
     _, several, *_ = two
     task = several.generated(0., 0)
-    drawn, notes = content(task.folder), next(job_folder(several.out / "jobs", task).glob("*.out")).read_text()
-    shutil.rmtree(task.folder)
+    drawn, notes = content(task.set_folder), next(job_folder(several.out / "jobs", task).glob("*.out")).read_text()
+    shutil.rmtree(task.set_folder)
     task.share()
-    assert "2 process(es)" in notes and drawn == content(task.folder)
+    assert "2 process(es)" in notes and drawn == content(task.set_folder)
 
 
 # --- Slurm
@@ -290,7 +292,7 @@ def slurm():
 
 def test_slurm_makes_what_this_process_makes(slurm, tmp_path):
     "With the training of the recogniser killed in the middle."
-    profile = PROFILE.model_copy(update=dict(teacher=PROFILE.teacher.model_copy(update=dict(epochs=8))))
+    profile = changed(PROFILE, teacher=changed(PROFILE.teacher, epochs=8))
     one, cluster = Study(profile, tmp_path / "one"), cluster_of("slurm", partition="tiny", time=5)
     states = lambda: list((tmp_path / "cluster/cache").rglob("state.pt"))
     killed = []

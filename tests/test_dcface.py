@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import cemiface
+from cemiface.core.settings import changed
 from cemiface.recognition.backbones import backbone
 from cemiface.audit.card import write_card
 from cemiface.data.faceset import FaceSet, to_float
@@ -31,6 +32,7 @@ from small import TINY, same, weights
 
 diffusers.utils.logging.disable_progress_bar()
 SHORT = DCFaceConfig(steps=9, batch_size=4, lr=1e-3, warmup_steps=2, log_every=3, save_every=0)
+pytestmark = pytest.mark.slow
 
 
 def faces(n=24, per_subject=3, size=16):
@@ -199,10 +201,10 @@ def test_killed_run_ends_where_a_whole_one_ends(whole, tmp_path):
 
 @pytest.mark.parametrize("change", [dict(lambda_id=0.), dict(cells=3), dict(style_dropout=0.), dict(portraits=2), dict(flip=False), dict(prediction="v_prediction")], ids=str)
 def test_every_setting_has_an_effect(whole, tmp_path, change):
-    train(tmp_path, SHORT.model_copy(update=dict(change, steps=6)))
+    train(tmp_path, changed(SHORT, **change, steps=6))
     other = tmp_path/"six"
     if not change.get("cells"): # another grid has weights of another shape
-        train(other, SHORT.model_copy(update=dict(steps=6)))
+        train(other, changed(SHORT, steps=6))
         assert not same(weights(other), weights(tmp_path))
     else: assert weights(tmp_path)["conditioner"]["cell"].shape[0] == 9 and weights(whole)["conditioner"]["cell"].shape[0] == 4
 
@@ -217,7 +219,7 @@ def test_labels_decide_the_pairs(whole, tmp_path):
 def test_recogniser_stays_as_it_was(tmp_path):
     net = recogniser()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    train_dcface(faces(), net, TINY, SHORT.model_copy(update=dict(steps=2)), tmp_path, progress=False)
+    train_dcface(faces(), net, TINY, changed(SHORT, steps=2), tmp_path, progress=False)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(p.grad is None for p in net.parameters())
 
 
@@ -225,7 +227,7 @@ def test_a_run_of_the_other_method_is_refused(whole, tmp_path):
     simmat = SimMatConfig(**{k: v for k, v in SHORT.model_dump().items() if k in SimMatConfig.model_fields})
     with pytest.raises(ValueError, match="other settings .*lambda_id"): train_generator(faces(), recogniser(), TINY, simmat, whole, progress=False)
     with pytest.raises(ValueError, match="holds a generator with a DCFaceConditioner, not a Conditioner"): load_generator(whole)
-    train_generator(faces(), recogniser(), TINY, simmat.model_copy(update=dict(steps=1)), tmp_path, progress=False)
+    train_generator(faces(), recogniser(), TINY, changed(simmat, steps=1), tmp_path, progress=False)
     with pytest.raises(ValueError, match="other settings .*lambda_simmat"): train(tmp_path)
     with pytest.raises(ValueError, match="trained by another method"): train(tmp_path/"new", init=tmp_path)
 
@@ -244,7 +246,7 @@ def test_a_start_from_cemiface_has_its_identity_tokens_at_m_1(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), cemi.unet.parameters()))
     emb = F.normalize(torch.randn(5, 512), dim=1)
     assert torch.allclose(conditioner(emb, torch.randn(5, 4, 16))[:, :TINY.tokens], cemi.conditioner(emb, torch.ones(5)), atol=1e-4)
-    fast = SHORT.model_copy(update=dict(steps=1, lr=1e-9, warmup_steps=0))
+    fast = changed(SHORT, steps=1, lr=1e-9, warmup_steps=0)
     trained = train(tmp_path/"run", fast, init=tmp_path/"a")
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(trained[1].parameters(), conditioner.parameters()))
 

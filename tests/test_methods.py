@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from cemiface.core.settings import changed
 from cemiface.data.faceset import open_faces
 from cemiface.study.profiles import PROFILES
 from cemiface.study.study import Study
@@ -23,10 +24,11 @@ from cemiface.paper.reproduce import RESULTS
 from cemiface.paper.reproduce import reproduce
 
 NAMES = ["table7", "table12", "table6", "figure9"]
+pytestmark = pytest.mark.slow
 
 
 def small(): # every setting that takes time, less
-    p, less = PROFILES["smoke"], lambda config, **kw: config.model_copy(update=kw)
+    p, less = PROFILES["smoke"], changed
     return less(p, pairs=20, per_subject=6, candidates=12, set_per_subject=3, steps=2, teacher=less(p.teacher, epochs=1), student=less(p.student, epochs=1),
                 simmat=less(p.simmat, steps=4), dcface=less(p.dcface, steps=2), control_ms=(1., 0., -1.))
 
@@ -55,7 +57,7 @@ def test_results_only_read_what_they_need(made):
 def test_embeddings_leave_the_copies_out(made):
     _, study = made
     task, p = study.generated(None, 0), study.profile
-    kept, faces = study.embedded(generated=task).load(), open_faces(task.folder, p.size)
+    kept, faces = study.embedded(generated=task).load(), open_faces(task.set_folder, p.size)
     assert len(faces) == p.set_subjects * (p.set_per_subject + p.oversample) and len(kept["emb"]) == p.set_subjects * p.set_per_subject
     drawn = [k for k in range(len(faces)) if "inquiry" not in faces.encoded.where(k)]
     assert torch.equal(kept["labels"], faces.labels[drawn]) and torch.allclose(kept["emb"], embed(study.recogniser().load()[0], faces.images[drawn]), atol=1e-5)
@@ -105,12 +107,12 @@ def test_table6_is_the_mean_over_seeds(made):
 def test_the_largest_volume_holds_the_one_before(made):
     _, study = made
     some, all_of_it = (volume_training(study, 0., v, 0).generated for v in (1., 1.2))
-    a, b = (pd.read_csv(t.folder/"manifest.csv").query("sampler != 'inquiry'") for t in (some, all_of_it))
+    a, b = (pd.read_csv(t.set_folder/"manifest.csv").query("sampler != 'inquiry'") for t in (some, all_of_it))
     both = a.merge(b, on=["subject", "k", "seed"], suffixes=("", "_there"))
     assert len(both) == len(a) == 16 * 3 and len(b) == 16 * 3 + 32 and all_of_it.subjects == 48
-    first, again = (open_faces(t.folder, 16) for t in (some, all_of_it))
+    first, again = (open_faces(t.set_folder, 16) for t in (some, all_of_it))
     assert (first.images.int() - again.images[:len(first)].int()).abs().max() <= 1 # other batches, so a grey level
-    assert json.loads((all_of_it.folder/"set.json").read_text())["config"]["per_subject"] == [[16, 3], [32, 1]]
+    assert json.loads((all_of_it.set_folder/"set.json").read_text())["config"]["per_subject"] == [[16, 3], [32, 1]]
 
 
 def test_figure9_shares_the_noise_and_prints_the_cosines(made):

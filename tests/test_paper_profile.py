@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from test_checkpoints import AdaFaceNet, trained
 from typer.testing import CliRunner
 
+from cemiface.core.settings import changed
 from cemiface.recognition.backbones import IResNet, backbone, forward_flops
 from cemiface.cli.app import app
 from cemiface.generation.conditioning import GENERATORS
+from cemiface.study.experiments import Training
 from cemiface.study.profiles import PROFILES
 from cemiface.study.study import Study
 from cemiface.study.tasks import in_order
@@ -27,7 +29,6 @@ from cemiface.data.pairs import open_pairs, write_bin
 from cemiface.world.faces import PROC_BENCHMARKS, WORLDS, benchmark_pairs, world_faces
 from cemiface.paper.published import published
 from cemiface.data.recordio import RecordWriter
-from cemiface.study.results import RESULTS
 from cemiface.core.report import Finding
 from cemiface.paper.reproduce import RESULTS, chosen_results, missing
 from cemiface.study.plan import plan
@@ -37,14 +38,15 @@ from cemiface.recognition.verification import evaluate
 NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "table6", "table13", "figure8"]
 COUNTS = [3, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7] # images of each subject of casia
 BINS = dict(zip(PROC_BENCHMARKS, ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")))
-TINY = GENERATORS["paper"].model_copy(update=dict(block_out_channels=(8, 8, 8, 8, 16), layers_per_block=(1,) * 5, norm_groups=4, head_dim=8, sim_dim=16, cond_dim=16))
+TINY = changed(GENERATORS["paper"], block_out_channels=(8, 8, 8, 8, 16), layers_per_block=(1,) * 5, norm_groups=4, head_dim=8, sim_dim=16, cond_dim=16)
+pytestmark = pytest.mark.slow
 
 
 def small(): # the paper's profile with every count made tiny; 112 px, volumes and recipes stay
-    p, less = PROFILES["paper"], lambda config, **kw: config.model_copy(update=dict(precision="no") | kw)
-    net = dict(backbone="ir18", width=4, epochs=1, batch_size=8, lr=.01)
-    return less(p, pairs=40, inquiries=4, candidates=8, set_subjects=4, set_per_subject=3, curve_per_subject=2, oversample=1, steps=2, ms=(1., 0.), control_ms=(1., 0., -1.),
-                teacher=less(p.teacher, **net), student=less(p.student, **net), simmat=less(p.simmat, steps=2, batch_size=4), dcface=less(p.dcface, steps=2, batch_size=4))
+    p, short = PROFILES["paper"], dict(steps=2, batch_size=4, precision="no")
+    net = dict(backbone="ir18", width=4, epochs=1, batch_size=8, lr=.01, precision="no")
+    return changed(p, pairs=40, inquiries=4, candidates=8, set_subjects=4, set_per_subject=3, curve_per_subject=2, oversample=1, steps=2, ms=(1., 0.), control_ms=(1., 0., -1.),
+                teacher=changed(p.teacher, **net), student=changed(p.student, **net), simmat=changed(p.simmat, **short), dcface=changed(p.dcface, **short))
 
 
 def large(images): return F.interpolate(images.float(), 112).to(torch.uint8) # rendered small, stored at the paper's size
@@ -138,7 +140,7 @@ def test_accuracies_are_those_of_the_files(made, data):
 def test_real_images_stay_where_they_are(made, data):
     s = study(data, made[1])
     kept = {type(t).__name__: load_file(p) for t in (s.inquiries(), s.groups(), s.recogniser()) for p in t.infra.uid_folder().glob("*.safetensors")}
-    assert {k: set(v) for k, v in kept.items()} == dict(Inquiries={"emb", "rows"}, Groups={"cos", "groups"}, Recogniser={"centres"})
+    assert {k: set(v) for k, v in kept.items()} == dict(Inquiries={"emb", "rows"}, Groups={"cos", "groups"}, TrainedRecogniser={"centres"})
     assert not any(list(t.infra.uid_folder().glob("*.safetensors")) for t in (s.faces(), s.benchmarks()))
     for i, row in enumerate(kept["Inquiries"]["rows"].tolist()): assert torch.equal(s.inquiries().faces(4).images[torch.tensor([i])][0], read_image(data / "webface_1shot" / f"{row}.jpg"))
 
@@ -283,7 +285,7 @@ def test_published_volumes(tmp_path):
     assert s.set_training(0., 0).generated.drawn == 500_000 and s.set_training(0., 0).generated.images == 550_000  # Tables 2 to 5, 8, 10, 13, 14
     assert s.curve_training(.5, 0).generated.drawn == s.dynamics(.7, 0).generated.drawn == 100_000  # Table 11, Figure 4, D.1
     assert [volume_training(s, 0., v, 0).generated.drawn for v in (.5, 1., 1.2)] == [500_000, 1_000_000, 1_200_000]
-    table11 = {t.generated.drawn for t in in_order(chosen_results(["table11"])[0].needs(s)) if type(t).__name__ == "SetTraining"}
+    table11 = {t.generated.drawn for t in in_order(chosen_results(["table11"])[0].needs(s)) if isinstance(t, Training) and t.generated}
     assert table11 == {100_000} and all(Study(n, tmp_path).curve == PROFILES[n].set_per_subject for n in ("smoke", "laptop", "gpu"))
 
 

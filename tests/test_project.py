@@ -1,5 +1,6 @@
 "The project around the library: notebooks fit to publish, package metadata, README in step with its notebook."
 import ast, configparser, importlib.resources, json, os, re, subprocess, sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import yaml
 from packaging.requirements import Requirement
 
 import cemiface
+import pages
+from cemiface._docs import plain_code
 from readme import ROOT, readme, relink
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))
@@ -36,6 +39,11 @@ def imported(path): # top-level packages that a module imports anywhere
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import): yield from (a.name.split(".")[0] for a in node.names)
         if isinstance(node, ast.ImportFrom) and node.level == 0: yield node.module.split(".")[0]
+
+def imported_by_cells(path): # top-level packages that a notebook imports at the start of a line
+    for cell in cells(path):
+        for names, package in re.findall(r"^[ \t]*(?:import ([\w., ]+)|from (\w+)[\w.]* import)", "".join(cell["source"]), re.M):
+            yield from [package] if package else (o.strip().split(" ")[0].split(".")[0] for o in names.split(","))
 
 
 # --- notebooks
@@ -70,7 +78,15 @@ def test_result_notebook_keeps_its_results(path): assert any(c["outputs"] for c 
 def test_sidebar_lists_every_notebook_once():
     def walk(items): return [o for i in items for o in (walk(i["contents"]) if isinstance(i, dict) else [i])]
     listed = walk(yaml.safe_load((ROOT / "nbs/sidebar.yml").read_text())["website"]["sidebar"]["contents"])
-    assert sorted(listed) == sorted(p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS)
+    assert sorted(listed) == sorted(["changelog.md", *(p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS)])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=here)
+def test_every_figure_has_a_text_in_its_place(path):
+    "`#| fig-alt: ...` at the top of a cell that draws, as Quarto reads it; text in the brackets of a Markdown picture."
+    drawn = [c for c in cells(path) if any(k.startswith("image/") for o in c["outputs"] for k in o.get("data", {}))]
+    assert [c["id"] for c in drawn if not re.search(r"^#\| fig-alt: \S.{10}", "".join(c["source"]), re.M)] == []
+    assert not re.search(r"!\[\s*\]\(", "\n".join([*("".join(c["source"]) for c in cells(path, "markdown")), *output_texts(path)]))
 
 
 # --- documentation site and README
@@ -78,6 +94,11 @@ def test_sidebar_lists_every_notebook_once():
 def test_site_configuration(settings):
     assert (ROOT / "nbs/_quarto.yml").is_symlink() and os.readlink(ROOT / "nbs/_quarto.yml") == "../_quarto.yml"
     quarto, generated = (yaml.safe_load((ROOT / f).read_text()) for f in ("_quarto.yml", "nbs/nbdev.yml"))
+    assert quarto["website"]["repo-subdir"] == settings["nbs_path"] and quarto["format"]["html"]["from"].endswith("-smart") # --profile is no dash
+    bar = [o["href"] for o in quarto["website"]["navbar"]["left"]]
+    assert all((ROOT / "nbs" / f).exists() for f in [quarto["website"]["favicon"], *bar])
+    picture = quarto["website"]["open-graph"]["image"].removeprefix(settings["doc_host"] + settings["doc_baseurl"] + "/")
+    assert (ROOT / "nbs" / picture).exists() and quarto["website"]["twitter-card"]["image"] == quarto["website"]["open-graph"]["image"]
     assert quarto["project"]["type"] == "website" and all((ROOT / "nbs" / f).exists() for f in [*quarto["metadata-files"], quarto["format"]["html"]["css"]])
     assert generated["project"]["output-dir"] == settings["doc_path"] and settings["custom_sidebar"] == "True"
     site = dict(title="title", description="description", **{"repo-branch": "branch", "repo-url": "git_url"})
@@ -111,14 +132,51 @@ def test_links_between_notebooks_lead_somewhere():
     assert broken == []
 
 
-def test_the_map_names_every_result():
+@pytest.fixture(scope="module")
+def made(): return pages.made()
+
+
+@pytest.mark.parametrize("name", ["sidebar.yml", *(f"{p}.ipynb" for p in pages.PAGES)])
+def test_page_is_what_the_package_gives(made, name):
+    path = ROOT / "nbs" / name
+    here, now = path.read_text(encoding="utf-8"), made[path]
+    if name == "commands.ipynb" and f"Printed by typer {version('typer')}." not in here: # another release sets the same help differently
+        here, now = (re.findall(r"^## .+$|--[a-z-]+", o, re.M) for o in (here, now))
+    assert here == now, "run `python tests/pages.py`"
+
+
+def test_gallery_shows_the_committed_figures():
+    pictures = pages.thumbnails()
+    assert [here(p) for p, picture in pictures.items() if pages.stale(p, picture)] == [], "run `python tests/pages.py`"
+    assert set(pictures) == set((ROOT / "nbs/images/gallery").glob("*")) and sum(p.stat().st_size for p in pictures) < 400_000
+
+
+def test_results_at_a_glance_names_every_result(made):
     from importlib import import_module
     from cemiface.paper.reproduce import RESULTS
-    rows = re.findall(r"^\| (.+?) \| `(\w+)` \| \[(\w+)\]\((\S+)\) \| `(\w+)\.(\w+)` \|$", "".join("".join(c["source"]) + "\n" for c in cells(ROOT / "nbs/index.ipynb", "markdown")), re.M)
-    assert {r[1]: r[0] for r in rows} == {n: r.title for n, r in RESULTS.items()}
-    for _, name, notebook, path, module, function in rows:
-        assert path == f"paper/{notebook}.ipynb" and f"#| default_exp paper.{module}" in "".join(cells(ROOT / "nbs" / path)[0]["source"])
+    text = "".join(json.loads(made[ROOT / "nbs/results.ipynb"])["cells"][1]["outputs"][0]["data"]["text/markdown"])
+    rows = re.findall(r"^\| (.+?) \| `cemiface reproduce (\w+)` \| \[.+?\]\((\S+)\) \| \[?(\w+)\.(\w+)(?:\]\(\S+\))? \|$", text, re.M)
+    assert {r[1]: r[0] for r in rows} == {n: r.title for n, r in RESULTS.items()} and len(rows) == text.count("\n") - 1
+    for _, name, path, module, function in rows:
+        assert f"#| default_exp paper.{module}" in "".join(cells(ROOT / "nbs" / path)[0]["source"])
         assert name == function and getattr(import_module(f"cemiface.paper.{module}"), function) is RESULTS[name].make
+
+
+def test_commands_page_names_every_command(made):
+    import typer
+    from cemiface.cli.app import app
+    walk = lambda group, words: [words, *(o for n, c in getattr(group, "commands", {}).items() for o in walk(c, [*words, n]))]
+    text = "".join(json.loads(made[ROOT / "nbs/commands.ipynb"])["cells"][1]["outputs"][0]["data"]["text/markdown"])
+    assert re.findall(r"^## (.+)$", text, re.M) == [" ".join(o) for o in walk(typer.main.get_command(app), ["cemiface"])]
+    assert text.count("Usage: cemiface") == text.count("## cemiface")
+
+
+def test_code_blocks_on_the_site_are_plain():
+    linked = "[`a`](https://x.y/a.html#a)"
+    for text in (block := f"{linked}\n\n```python\ndef f(x): # {linked}\n```\n", block.splitlines(keepends=True)):
+        plain_code(cell := dict(outputs=[dict(data={"text/markdown": text}), dict(text="stream")]))
+        assert "".join(cell["outputs"][0]["data"]["text/markdown"]) == f"{linked}\n\n```python\ndef f(x): # `a`\n```\n"
+    plain_code(dict(cell_type="markdown", source="no outputs"))
 
 
 def test_relink():
@@ -151,6 +209,7 @@ def test_readme_embeds_what_a_notebook_put_out(tmp_path):
 def test_settings(settings):
     assert settings["lib_name"] == settings["lib_path"] == "cemiface" and settings["license"] == "apache2" and settings["min_python"] == "3.11"
     assert settings["version"] == cemiface.__version__ and f"## {cemiface.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert settings["readme_nb"] == "../README.md", "nbdev_docs would write a README.md with broken links; tests/readme.py makes it"
     assert settings["tst_flags"] == "notest" and settings["update_pyproject"] == "False" and "cell_number" not in settings
     assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
 
@@ -163,6 +222,12 @@ def test_requirements(settings):
     used = {o for p in MODULES for o in imported(p)} - set(sys.stdlib_module_names) - {"cemiface"}
     extras = [Requirement(o).name for k in ("onnx_requirements", "align_requirements") for o in settings[k].split()]
     assert used <= {IMPORT_NAME.get(o, o) for o in [*run, *extras]}, "imported by the library, but not among its requirements"
+    unused = {o for o in run if IMPORT_NAME.get(o, o) not in used}
+    assert unused <= {"seaborn"}, "a requirement that the library does not import: drop it, or ask for it in development alone"
+    elsewhere = {o for p in sorted((ROOT / "tests").glob("*.py")) for o in imported(p)} | {o for p in NOTEBOOKS for o in imported_by_cells(p)}
+    own = {"cemiface", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+    with_others = {"yaml", "packaging", "cloudpickle", "IPython", "matplotlib_inline"} # come with nbdev, pytest, submitit and jupyter
+    assert elsewhere - set(sys.stdlib_module_names) - own - with_others <= {IMPORT_NAME.get(o, o) for o in [*run, *dev]}
 
 
 def test_commands_exist(settings):
@@ -191,4 +256,4 @@ def test_package_data():
 def test_ci_runs_the_readme():
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script]).returncode == 0
-    assert "grep -m1" in script.read_text() and "nbdev_test" not in script.read_text(), "the test command stands in README.md alone"
+    assert "grep -m1" in script.read_text() and "check_site.py" in script.read_text() and "nbdev_test" not in script.read_text(), "the test command stands in README.md alone"

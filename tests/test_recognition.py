@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 
+from cemiface.core.settings import changed
 from cemiface.data.faceset import FaceSet
 from cemiface.data.faceset import to_float as recognition_to_float
 from cemiface.recognition.margins import MARGINS
@@ -88,7 +89,7 @@ def test_kill_and_resume_is_bit_identical(tmp_path):
 
 @pytest.mark.parametrize("change", [{}, {"margin": "adaface", "dropout": .3}, {"margin": "arcface", "backbone": "irse18", "augment": "flip", "decay_norms": False}])
 def test_resume_at_any_batch_is_bit_identical(tmp_path, change):
-    config = SMALL.model_copy(update=change)
+    config = changed(SMALL, **change)
     for lookups in (1, 3, 2): stopped(lookups, config, tmp_path) # cut within an epoch, at its end, and within the next
     assert same(train(config, out=tmp_path), train(config))
 
@@ -110,7 +111,7 @@ def test_a_finished_training_is_loaded_and_another_one_refused(tmp_path):
         m.setattr("cemiface.recognition.training.backbone", None) # nothing is built
         loaded = train(out=tmp_path)
     assert same(loaded, plain())
-    with pytest.raises(ValueError, match="seed=0, not 1"): train(SMALL.model_copy(update={"seed": 1}), out=tmp_path)
+    with pytest.raises(ValueError, match="seed=0, not 1"): train(changed(SMALL, seed=1), out=tmp_path)
     with pytest.raises(ValueError, match="subjects=4, not 8"): train(faces=patterns(8, 8), out=tmp_path)
 
 
@@ -147,7 +148,7 @@ def poisoned(monkeypatch, step):
 @pytest.mark.parametrize("step, epoch, batch", [(2, 1, 3), (3, 1, 4), (6, 2, 3)])
 def test_a_poisoned_batch_stops_the_run_and_the_same_call_goes_on(tmp_path, monkeypatch, step, epoch, batch):
     for change in ({}, {"clip": None}):
-        config, out = SMALL.model_copy(update=change), tmp_path / str(len(change))
+        config, out = changed(SMALL, **change), tmp_path / str(len(change))
         with monkeypatch.context() as m, pytest.raises(FloatingPointError) as e:
             poisoned(m, step)
             train(config, out=out, save_seconds=0.)
@@ -166,7 +167,7 @@ def test_weights_that_overflow_are_never_saved(tmp_path):
 
 
 def test_stops_at_nan_and_keeps_the_last_good_state(tmp_path):
-    wild = SMALL.model_copy(update={"lr": 1e12, "warmup_steps": 0, "epochs": 4})
+    wild = changed(SMALL, lr=1e12, warmup_steps=0, epochs=4)
     with pytest.raises(FloatingPointError, match=r"epoch \d+, batch \d+, learning rate 1e\+12: lower lr"): train(wild, out=tmp_path, save_seconds=0.)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert all(v.isfinite().all() for v in (state["head"] | {k: v for k, v in state["net"].items() if "running" not in k}).values())
@@ -174,7 +175,7 @@ def test_stops_at_nan_and_keeps_the_last_good_state(tmp_path):
 
 
 def test_it_learns_and_reports():
-    trained = train(SMALL.model_copy(update={"epochs": 8, "augment": "none"}), evaluate=lambda model: {"answer": np.float64(42), "mode": model.training})
+    trained = train(changed(SMALL, epochs=8, augment="none"), evaluate=lambda model: {"answer": np.float64(42), "mode": model.training})
     h = trained.history
     assert list(h.columns) == ["epoch", "loss", "accuracy", "lr", "seconds", "answer", "mode"] and list(h["epoch"]) == list(range(1, 9))
     assert h["accuracy"].iloc[-1] > .9 and h["loss"].iloc[-1] < h["loss"].iloc[0] / 2 and (h["answer"] == 42).all() and (h["mode"] == 0).all()
@@ -190,7 +191,7 @@ def plain(): return train()
 @pytest.mark.parametrize("change", [{"augment": "none"}, {"augment": "flip"}, {"decay_norms": False}, {"clip": None}, {"precision": "bf16"}, {"margin": "arcface"}, {"margin": "adaface"}, {"margin_m": .1}, {"margin_s": 16.},
                                     {"clip": .1}, {"lr": .01}, {"milestones": (.1,)}, {"weight_decay": .1}, {"momentum": 0.}, {"dropout": .5}, {"seed": 1}])
 def test_every_setting_changes_the_result(change):
-    a, b = (torch.cat([p.flatten() for p in t.model.parameters()]) for t in (train(SMALL.model_copy(update=change)), plain()))
+    a, b = (torch.cat([p.flatten() for p in t.model.parameters()]) for t in (train(changed(SMALL, **change)), plain()))
     assert a.shape == b.shape and a.isfinite().all() and not torch.equal(a, b)
 
 
@@ -216,16 +217,16 @@ def test_names_for_settings_are_those_of_their_modules():
 
 
 def test_insightfaces_form_of_the_margin_is_another_training():
-    a, b = (train(SMALL.model_copy(update={"margin": "arcface", "margin_gradient": g})) for g in (True, False))
+    a, b = (train(changed(SMALL, margin="arcface", margin_gradient=g)) for g in (True, False))
     assert not torch.equal(a.centres, b.centres)
 
 
 def test_one_step_without_weight_decay_on_norms():
     "Independent arithmetic: with no rate but decay, one step leaves a spared weight where it was."
     faces, seen = patterns(each=4), {}
-    start = train(SMALL.model_copy(update={"epochs": 1, "lr": 1e-30}), faces).model.state_dict()
+    start = train(changed(SMALL, epochs=1, lr=1e-30), faces).model.state_dict()
     for decay_norms in (True, False):
-        config = SMALL.model_copy(update={"epochs": 1, "weight_decay": 1e3, "clip": 1e-30, "decay_norms": decay_norms, "warmup_steps": 0, "lr": 1e-5})
+        config = changed(SMALL, epochs=1, weight_decay=1e3, clip=1e-30, decay_norms=decay_norms, warmup_steps=0, lr=1e-5)
         seen[decay_norms] = train(config, faces).model.state_dict()
     for key in ("bn1.weight", "layer1.0.bn1.weight", "layer4.0.downsample.1.weight"):
         torch.testing.assert_close(seen[False][key], start[key])
@@ -238,8 +239,8 @@ def test_one_step_without_weight_decay_on_norms():
 def test_compiled_is_the_same_training(tmp_path, monkeypatch, backend):
     compile, calls = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: calls.append(net) or compile(net, backend=backend))
-    compiled = train(SMALL.model_copy(update={"epochs": 1, "compile": True}), out=tmp_path, evaluate=lambda model: {"mean": embed(model, patterns()).mean()})
-    eager = train(SMALL.model_copy(update={"epochs": 1}))
+    compiled = train(changed(SMALL, epochs=1, compile=True), out=tmp_path, evaluate=lambda model: {"mean": embed(model, patterns()).mean()})
+    eager = train(changed(SMALL, epochs=1))
     assert len(calls) == 1 # by one of the two
     np.testing.assert_allclose(compiled.history["loss"], eager.history["loss"], rtol=1e-4)
     torch.testing.assert_close(compiled.centres, eager.centres, atol=1e-3, rtol=0)
@@ -270,8 +271,8 @@ def test_trackers_hear_of_steps_and_epochs(tmp_path):
 
 
 def test_a_narrow_network_of_large_images_trains(tmp_path):
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from test_recognition import SMALL, patterns, train\n"
-            "train(SMALL.model_copy(update={'size': 112, 'epochs': 1, 'batch_size': 4}), patterns(2, 2, 112))")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from test_recognition import SMALL, changed, patterns, train\n"
+            "train(changed(SMALL, size=112, epochs=1, batch_size=4), patterns(2, 2, 112))")
     assert subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)]).returncode == 0 # torch's own convolutions end the process otherwise
 
 
@@ -307,7 +308,7 @@ def test_a_damaged_recogniser_is_named(tmp_path, name):
 
 def test_what_is_evaluated_is_what_is_kept():
     seen = []
-    trained = train(SMALL.model_copy(update={"precision": "bf16"}), evaluate=lambda model: seen.append(embed(model, patterns())) or {})
+    trained = train(changed(SMALL, precision="bf16"), evaluate=lambda model: seen.append(embed(model, patterns())) or {})
     assert torch.equal(embed(trained.model, patterns()), seen[-1])
 
 
@@ -320,12 +321,12 @@ def test_embedding_in_half_precision():
 SHARED = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from test_recognition import JOINT, patterns, train
+from test_recognition import JOINT, changed, patterns, train
 train(JOINT, out=sys.argv[1])
-train(JOINT.model_copy(update={"precision": "bf16", "epochs": 1}), patterns(each=4), out=sys.argv[1] + "/half")
-train(JOINT.model_copy(update={"joint_norms": False, "epochs": 1}), patterns(each=4), out=sys.argv[1] + "/apart")
+train(changed(JOINT, precision="bf16", epochs=1), patterns(each=4), out=sys.argv[1] + "/half")
+train(changed(JOINT, joint_norms=False, epochs=1), patterns(each=4), out=sys.argv[1] + "/apart")
 """
-JOINT = SMALL.model_copy(update={"margin": "adaface", "backbone": "irse18"})
+JOINT = changed(SMALL, margin="adaface", backbone="irse18")
 
 def processes(folder, world):
     "Run SHARED in several processes, and wait for them."
@@ -343,9 +344,9 @@ def processes(folder, world):
 def test_two_processes_are_as_one(tmp_path):
     processes(tmp_path, 2)
     two, one = load_recogniser(tmp_path), train(JOINT)
-    half = train(JOINT.model_copy(update={"epochs": 1}), patterns(each=4)) # in full precision
+    half = train(changed(JOINT, epochs=1), patterns(each=4)) # in full precision
     assert load_recogniser(tmp_path / "half").history["loss"][0] == pytest.approx(half.history["loss"][0], rel=.02)
-    apart = train(JOINT.model_copy(update={"joint_norms": False, "epochs": 1}), patterns(each=4)) # a batch of 16 is not two of 8
+    apart = train(changed(JOINT, joint_norms=False, epochs=1), patterns(each=4)) # a batch of 16 is not two of 8
     assert load_recogniser(tmp_path / "apart").history["loss"][0] != pytest.approx(apart.history["loss"][0], rel=1e-3)
     np.testing.assert_allclose(two.history[["loss", "accuracy"]], one.history[["loss", "accuracy"]], rtol=1e-5)
     torch.testing.assert_close(two.centres, one.centres, atol=1e-4, rtol=0)

@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cemiface.study import tasks as experiments
+from cemiface.core.settings import changed
+from cemiface.generation import shipped
+from cemiface.study import experiments, models, study as studies
 from cemiface.recognition.backbones import backbone, forward_flops
 from cemiface.generation.conditioning import GENERATORS
 from cemiface.data.faceset import open_faces
@@ -31,6 +33,7 @@ from cemiface.paper.reproduce import reproduce
 
 COMMAND = [sys.executable, "-c", "from cemiface.cli.app import app; app()", "reproduce", "--profile", "smoke", "--seeds", "1",
            "table1", "fig2", "--jobs", "2"]
+pytestmark = pytest.mark.slow
 
 
 def finished(out):
@@ -120,7 +123,7 @@ def test_a_failure_is_named_and_the_rest_goes_on(killed, monkeypatch):
     out, said = killed[0], []
     def fails(*args, **kwargs): raise OSError("no space left on device")
     monkeypatch.setattr(experiments, "generate_set", fails)
-    profile = PROFILES["smoke"].model_copy(update=dict(ms=(1.0, 0.0)))
+    profile = changed(PROFILES["smoke"], ms=(1.0, 0.0))
     found = reproduce(profile, ["table11", "table9"], out, seeds=1, say=said.append)
     assert isinstance(found["table9"], Finding)
     assert found["table11"].startswith("Not made: set of") and "no space left" in found["table11"]
@@ -134,20 +137,20 @@ def test_a_failure_is_named_and_the_rest_goes_on(killed, monkeypatch):
 def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
     said = []
     def stop(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(experiments, "train_recogniser", stop)
+    monkeypatch.setattr(models, "train_recogniser", stop)
     with pytest.raises(SystemExit) as end: reproduce("smoke", ["table9"], tmp_path, seeds=1, say=said.append)
     assert end.value.code == 130 and "same command goes on" in said[-1]
     assert len(finished(tmp_path)) == 1  # the faces
 
 
 def test_shipped_weights_are_used_and_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "shipped_pipeline", lambda: untrained_pipeline(GENERATORS["smoke"]))
-    monkeypatch.setattr(experiments, "shipped_hash", lambda *parts: "0123456789ab")
-    monkeypatch.setattr(experiments, "shipped_centres", lambda: torch.nn.functional.normalize(torch.randn(12, 512)))
-    experiments.shipped_models.cache_clear()
-    profile = PROFILES["smoke"].model_copy(update=dict(shipped=True))
+    monkeypatch.setattr(shipped, "shipped_pipeline", lambda: untrained_pipeline(GENERATORS["smoke"]))
+    monkeypatch.setattr(studies, "shipped_hash", lambda *parts: "0123456789ab")
+    monkeypatch.setattr(models, "shipped_centres", lambda: torch.nn.functional.normalize(torch.randn(12, 512)))
+    shipped.shipped_models.cache_clear()
+    profile = changed(PROFILES["smoke"], shipped=True)
     found = reproduce(profile, ["control", "table9"], tmp_path, seeds=1, say=lambda line: None)
-    experiments.shipped_models.cache_clear()
+    shipped.shipped_models.cache_clear()
     assert all(isinstance(f, Finding) for f in found.values()), found
     assert "classification weight" in found["table9"].text and list(found["control"].table.m) == sorted(profile.control_ms, reverse=True)
     assert "shipped with the package" in (tmp_path / "smoke" / "index.html").read_text()
@@ -158,10 +161,10 @@ def test_shipped_weights_are_used_and_named(tmp_path, monkeypatch):
 
 def test_the_baseline_of_the_package_is_taken_where_weights_are_shipped(tmp_path):
     task = Study("laptop", tmp_path).baseline()
-    parts = [f for name in ("unet", "conditioner", "bank") for f in (Path(experiments.__file__).parent / "weights" / "dcface" / name).glob("*.safetensors")]
+    parts = [f for name in ("unet", "conditioner", "bank") for f in (shipped.WEIGHTS / "dcface" / name).glob("*.safetensors")]
     assert task.shipped == hashlib.sha256(b"".join(f.read_bytes() for f in parts)).hexdigest()[:12] and task.work() == ("load", 1)
     pipe = task.load()
-    assert pipe is experiments.shipped_baseline() and pipe.recogniser.config == experiments.shipped_models().recogniser.config
+    assert pipe is shipped.shipped_baseline() and pipe.recogniser.config == shipped.shipped_models().recogniser.config
     assert not list(tmp_path.rglob("train"))
     scratch = Study("laptop", tmp_path, from_scratch=True)
     assert scratch.baseline().config == PROFILES["laptop"].dcface and scratch.baseline().generator is scratch.generator()
@@ -169,7 +172,7 @@ def test_the_baseline_of_the_package_is_taken_where_weights_are_shipped(tmp_path
 
 def test_a_change_up_the_chain_means_another_task(tmp_path):
     small = Study("smoke", tmp_path)
-    other = Study(PROFILES["smoke"].model_copy(update=dict(per_subject=21)), tmp_path)
+    other = Study(changed(PROFILES["smoke"], per_subject=21), tmp_path)
     uids = [{t.infra.uid() for t in in_order([s.set_training(0.0, 0), s.benchmarks()])} for s in (small, other)]
     assert uids[0] & uids[1] == {small.benchmarks().infra.uid()}  # only the benchmarks do not hang on the faces
     assert small.set_training(0.0, 0).infra.uid() != small.set_training(0.0, 1).infra.uid()
@@ -181,11 +184,11 @@ def test_a_recogniser_is_trained_on_a_set_of_the_baseline(killed):
     assert {"baseline, preset smoke", "set of 48 images of 8 by DCFace, seed 0", "recogniser on the set by DCFace, seed 0"} <= {t.title for t in in_order([task])}
     found = task.run()
     assert found["images"] == 8 * (6 + 2) and found["subjects"] == 8 and 0 <= found["accuracy"]["AVG"] <= 100
-    table = pd.read_csv(task.generated.folder / "manifest.csv")
+    table = pd.read_csv(task.generated.set_folder / "manifest.csv")
     assert table.m.isna().all() and (table.sampler != "inquiry").sum() == 48
     kept, cemi = study.samples(3, 2, (None,)).load(), study.samples(3, 2, (0.0,)).load()
     assert kept["images"].shape == cemi["images"].shape == (1, 3, 2, 3, 16, 16) and not torch.equal(kept["images"], cemi["images"])
-    drawn = open_faces(task.generated.folder, 16)  # an image's seed is that of its place, in samples as in sets
+    drawn = open_faces(task.generated.set_folder, 16)  # an image's seed is that of its place, in samples as in sets
     assert (drawn.images[drawn.labels == 0][:2].int() - kept["images"][0, 0].int()).abs().max() <= 1
     start, own = study.generator().load().unet.state_dict(), study.baseline().load().unet.state_dict()
     assert all(a.shape == b.shape for a, b in zip(start.values(), own.values(), strict=True)) and any(not torch.equal(a, b) for a, b in zip(start.values(), own.values()))

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from cemiface.core.settings import changed
 from cemiface.recognition.backbones import backbone
 from cemiface.data.faceset import FaceSet, batches, to_float
 from cemiface.generation.dcface import DCFaceConfig, train_dcface
@@ -54,7 +55,7 @@ CHILD = textwrap.dedent("""
         return plain(*a)
     simmat.draw_step = kill_at_8
     for k, how in enumerate(t.KILLED):
-        if not (pid := os.fork()): t.train(Path(sys.argv[2])/str(k), t.SHORT.model_copy(update=how))
+        if not (pid := os.fork()): t.train(Path(sys.argv[2])/str(k), t.changed(t.SHORT, **how))
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """)
 
@@ -73,7 +74,7 @@ def same_log(a, b):
 
 @pytest.mark.parametrize("k", range(len(KILLED)))
 def test_killed_run_ends_where_a_whole_one_ends(killed, tmp_path, k):
-    config, cut = SHORT.model_copy(update=KILLED[k]), killed/str(k)
+    config, cut = changed(SHORT, **KILLED[k]), killed/str(k)
     assert pd.read_csv(cut/"log.csv").step.tolist() == [3, 6] and not (cut/"unet").exists()
     train(cut, config)
     train(tmp_path, config)
@@ -83,7 +84,7 @@ def test_killed_run_ends_where_a_whole_one_ends(killed, tmp_path, k):
 
 
 def test_more_steps_go_on_from_a_finished_run(whole, tmp_path):
-    train(tmp_path, SHORT.model_copy(update=dict(steps=6)))
+    train(tmp_path, changed(SHORT, steps=6))
     assert not same(weights(whole), weights(tmp_path))
     train(tmp_path)
     assert same(weights(whole), weights(tmp_path))
@@ -99,7 +100,7 @@ def test_finished_run_is_only_read(whole):
                                     dict(flip=False), dict(seed=1), dict(ema_max=.5), dict(clip_grad=.01), dict(weight_decay=.5), dict(snr_scale=49.),
                                     dict(identity="class_centre"), dict(identity="random_centre"), dict(precision="bf16")], ids=str)
 def test_every_setting_has_an_effect(whole, tmp_path, change):
-    train(tmp_path, SHORT.model_copy(update=change))
+    train(tmp_path, changed(SHORT, **change))
     assert not same(weights(whole), weights(tmp_path))
 
 
@@ -122,7 +123,7 @@ def test_damaged_state_is_named(tmp_path):
 
 
 def test_state_of_other_settings_is_refused(whole):
-    with pytest.raises(ValueError, match="other settings .*lr"): train(whole, SHORT.model_copy(update=dict(lr=.5)))
+    with pytest.raises(ValueError, match="other settings .*lr"): train(whole, changed(SHORT, lr=.5))
 
 
 @settings(deadline=None, max_examples=50)
@@ -147,7 +148,7 @@ def test_x0_is_clipped_and_passes_no_gradient_outside():
 
 
 def test_sampler_reads_the_schedule_of_the_run(tmp_path):
-    train(tmp_path, SHORT.model_copy(update=dict(steps=3, snr_scale=49.)))
+    train(tmp_path, changed(SHORT, steps=3, snr_scale=49.))
     a, b = (s.alphas_cumprod.double() for s in (noise_scheduler(), DDIMScheduler.from_pretrained(tmp_path/"scheduler")))
     assert torch.allclose(b/(1-b), 49*a/(1-a), rtol=1e-2)
 
@@ -164,7 +165,7 @@ def test_v_against_the_equations_written_out(t, snr_scale):
 
 
 def test_losses_are_of_the_noise_whatever_the_network_puts_out(tmp_path, monkeypatch):
-    v = SHORT.model_copy(update=dict(steps=1, prediction="v_prediction", lr=1e-12, log_every=1))
+    v = changed(SHORT, steps=1, prediction="v_prediction", lr=1e-12, log_every=1)
     monkeypatch.setattr(Denoiser, "forward", lambda self, xt, t, emb, m: 0*self.conditioner(emb, m).mean() + torch.zeros_like(xt))
     train(tmp_path, v)
     images, _, index = next(batches(faces(), 4, v.seed, 0))
@@ -178,10 +179,10 @@ def test_losses_are_of_the_noise_whatever_the_network_puts_out(tmp_path, monkeyp
 
 
 def test_the_kind_of_output_travels_with_the_run(tmp_path):
-    v = SHORT.model_copy(update=dict(steps=3, prediction="v_prediction"))
+    v = changed(SHORT, steps=3, prediction="v_prediction")
     train(tmp_path, v)
     assert DDIMScheduler.from_pretrained(tmp_path/"scheduler").config.prediction_type == "v_prediction"
-    with pytest.raises(ValueError, match="prediction"): train(tmp_path, v.model_copy(update=dict(prediction="epsilon")))
+    with pytest.raises(ValueError, match="prediction"): train(tmp_path, changed(v, prediction="epsilon"))
 
 
 def close(a, b, lr=SHORT.lr):
@@ -199,7 +200,7 @@ def gradients(out):
 
 @pytest.mark.parametrize("how", [dict(accumulate=2), dict(accumulate=4), dict(checkpointing=True), dict(channels_last=True)], ids=str)
 def test_how_a_step_is_computed_changes_only_rounding(whole, tmp_path, how):
-    train(tmp_path, SHORT.model_copy(update=how))
+    train(tmp_path, changed(SHORT, **how))
     assert torch.allclose(gradients(tmp_path), gradients(whole), atol=1e-5)
     close(weights(whole), weights(tmp_path))
     logs = [pd.read_csv(d/"log.csv").drop(columns="images_per_s") for d in (whole, tmp_path)]
@@ -209,8 +210,8 @@ def test_how_a_step_is_computed_changes_only_rounding(whole, tmp_path, how):
 def test_a_step_in_pieces_is_one_step(tmp_path, monkeypatch):
     seen, plain = [], Denoiser.forward
     monkeypatch.setattr(Denoiser, "forward", lambda self, xt, t, emb, m: seen.append((xt, t, m)) or plain(self, xt, t, emb, m))
-    one = SHORT.model_copy(update=dict(steps=1))
-    for k in (1, 4): train(tmp_path/str(k), one.model_copy(update=dict(accumulate=k)))
+    one = changed(SHORT, steps=1)
+    for k in (1, 4): train(tmp_path/str(k), changed(one, accumulate=k))
     assert [len(xt) for xt, *_ in seen] == [4, 1, 1, 1, 1]
     for whole, *pieces in zip(*seen): assert torch.equal(whole, torch.cat(pieces)) # noise, time steps and factors are those of the whole batch
 
@@ -232,7 +233,7 @@ def test_checkpointing_computes_the_unet_twice(tmp_path, monkeypatch):
     found = []
     for on in (False, True):
         calls[0] = 0
-        train(tmp_path/str(on), SHORT.model_copy(update=dict(steps=1, checkpointing=on)))
+        train(tmp_path/str(on), changed(SHORT, steps=1, checkpointing=on))
         found.append(calls[0])
     assert found[1] > 1.5*found[0]
 
@@ -240,7 +241,7 @@ def test_checkpointing_computes_the_unet_twice(tmp_path, monkeypatch):
 def test_compiled_is_the_same_training(whole, tmp_path, monkeypatch):
     compile, calls = nn.Module.compile, []
     monkeypatch.setattr(nn.Module, "compile", lambda net: calls.append(type(net).__name__) or compile(net, backend="eager"))
-    train(tmp_path, SHORT.model_copy(update=dict(compile=True)))
+    train(tmp_path, changed(SHORT, compile=True))
     assert calls == ["UNet2DConditionModel"]
     assert torch.allclose(gradients(tmp_path), gradients(whole), atol=1e-5)
     close(weights(whole), weights(tmp_path))
@@ -249,7 +250,7 @@ def test_compiled_is_the_same_training(whole, tmp_path, monkeypatch):
 
 
 def test_a_run_may_go_on_in_another_way(whole, tmp_path):
-    train(tmp_path, SHORT.model_copy(update=dict(steps=6, accumulate=2, checkpointing=True, channels_last=True, sample_every=5)))
+    train(tmp_path, changed(SHORT, steps=6, accumulate=2, checkpointing=True, channels_last=True, sample_every=5))
     train(tmp_path)
     close(weights(whole), weights(tmp_path))
     assert set(PACE) < set(SimMatConfig.model_fields)
@@ -257,14 +258,14 @@ def test_a_run_may_go_on_in_another_way(whole, tmp_path):
 
 def test_a_batch_that_does_not_split_is_named(tmp_path):
     with pytest.raises(ValueError, match="batch_size 4 does not split over 1 processes with accumulate=3: choose a multiple of 3"):
-        train(tmp_path, SHORT.model_copy(update=dict(accumulate=3)))
+        train(tmp_path, changed(SHORT, accumulate=3))
     with pytest.raises(ValueError, match="Input should be 'no' or 'bf16'"): SimMatConfig(precision="fp16")
 
 
 # who a face is
 
 def task(**change):
-    return SimMat(faces(), embedder(), SHORT.model_copy(update=change), "cpu", False)
+    return SimMat(faces(), embedder(), changed(SHORT, **change), "cpu", False)
 
 
 def test_class_centre_by_hand():
@@ -297,10 +298,10 @@ def test_centres_need_labels(tmp_path):
     one = FaceSet(faces().images, torch.zeros(24, dtype=torch.long), ["?"], "noise")
     for identity in ("class_centre", "random_centre"):
         with pytest.raises(ValueError, match=f"noise has 1 subject, identity='{identity}' needs labels"):
-            train_generator(one, embedder(), TINY, SHORT.model_copy(update=dict(identity=identity)), tmp_path, progress=False)
+            train_generator(one, embedder(), TINY, changed(SHORT, identity=identity), tmp_path, progress=False)
     with pytest.raises(ValueError, match="other settings .*identity"):
-        train(tmp_path, SHORT.model_copy(update=dict(steps=1)))
-        train(tmp_path, SHORT.model_copy(update=dict(steps=1, identity="class_centre")))
+        train(tmp_path, changed(SHORT, steps=1))
+        train(tmp_path, changed(SHORT, steps=1, identity="class_centre"))
 
 
 def test_only_what_is_needed_is_embedded():
@@ -309,14 +310,14 @@ def test_only_what_is_needed_is_embedded():
         def forward(self, x): images[0] += len(x); return x.flatten(1)
     for change, expected in ((dict(), 48), (dict(flip=False), 24), (dict(identity="class_centre", flip=False), 24), (dict(identity="random_centre", flip=False), 1)):
         images[0] = 0
-        SimMat(faces(), Counting(), SHORT.model_copy(update=change), "cpu", False)
+        SimMat(faces(), Counting(), changed(SHORT, **change), "cpu", False)
         assert images[0] == expected
 
 
 # what is seen of a run
 
 def test_samples_leave_the_training_alone(whole, tmp_path):
-    train(tmp_path, SHORT.model_copy(update=dict(sample_every=4)))
+    train(tmp_path, changed(SHORT, sample_every=4))
     assert same(weights(whole), weights(tmp_path))
     same_log(whole, tmp_path)
     assert [p.name for p in sorted(tmp_path.glob("samples/*"))] == ["0000004.png", "0000008.png", "0000012.png"]
@@ -332,7 +333,7 @@ def test_samples_leave_the_training_alone(whole, tmp_path):
 
 def test_a_method_without_samples_says_so(tmp_path):
     with pytest.raises(ValueError, match="Blind draws no samples while it trains"):
-        train(tmp_path, SHORT.model_copy(update=dict(sample_every=4)), method=type("Blind", (), {}))
+        train(tmp_path, changed(SHORT, sample_every=4), method=type("Blind", (), {}))
 
 
 def test_losses_by_band_add_up(whole):

@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 import torch
 
+from cemiface.core.settings import changed
 from cemiface.data.faceset import FaceSet
 from cemiface.generation.training import train_generator
 from small import TINY, weights
 from test_simmat import SHORT, close, embedder, faces, gradients
 
-JOINT = SHORT.model_copy(update=dict(batch_size=8, steps=6, sample_every=3))
-HOW = dict(plain=JOINT, pieces=JOINT.model_copy(update=dict(accumulate=2, checkpointing=True, identity="class_centre")))
+JOINT = changed(SHORT, batch_size=8, steps=6, sample_every=3)
+HOW = dict(plain=JOINT, pieces=changed(JOINT, accumulate=2, checkpointing=True, identity="class_centre"))
 CHILD = """
 import json, os, sys
 from pathlib import Path
@@ -24,10 +25,11 @@ sys.path.insert(0, sys.argv[1])
 import test_simmat_processes as t
 out, rank = Path(sys.argv[2]), os.environ["RANK"]
 reads = {k: t.train(out/k, config) for k, config in t.HOW.items()}
-try: t.train(out/"odd", t.JOINT.model_copy(update=dict(accumulate=3)))
+try: t.train(out/"odd", t.changed(t.JOINT, accumulate=3))
 except ValueError as e: reads["odd"] = str(e)
 (out/f"reads_{rank}.json").write_text(json.dumps(reads))
 """
+pytestmark = pytest.mark.slow
 
 
 class Counted:

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from cemiface.core.settings import changed
 from cemiface.recognition.backbones import backbone
 from cemiface.generation.conditioning import GENERATORS, face_conditioner, face_unet
 from cemiface.study.profiles import PROFILES
@@ -18,13 +19,14 @@ from cemiface.paper.reproduce import reproduce
 
 SMOKE = PROFILES["smoke"]
 RESULTS = ["table10", "dynamics", "figure3"]
+pytestmark = pytest.mark.slow
 
 
 def words(fig): return "\n".join(t.get_text() for ax in fig.axes for t in ax.texts)
 
 
 def with_generator(monkeypatch, **changes): # the smoke profile with another UNet
-    monkeypatch.setitem(GENERATORS, "smoke", GENERATORS["smoke"].model_copy(update=changes))
+    monkeypatch.setitem(GENERATORS, "smoke", changed(GENERATORS["smoke"], **changes))
     return structure(SMOKE)
 
 
@@ -74,8 +76,8 @@ def test_another_configuration_another_figure(monkeypatch):
     assert s.count("UNet") != before.count("UNet") and s.said("UNet") in changed and s.said("UNet") not in said
     assert "48\n4²" in changed and "48\n4²" not in said and "[2, 32]" in changed
     assert levels(s).set_index("level").loc["up 2", ["size", "blocks", "heads"]].tolist() == [8, 3, 0]
-    simmat = SMOKE.simmat.model_copy(update=dict(lambda_simmat=.5, prediction="epsilon", interval=None, similarity="euclidean", T=50))
-    other = words(draw_structure(structure(SMOKE.model_copy(update=dict(simmat=simmat, steps=1, teacher=SMOKE.teacher.model_copy(update=dict(backbone="irse18")))))))
+    simmat = changed(SMOKE.simmat, lambda_simmat=.5, prediction="epsilon", interval=None, similarity="euclidean", T=50)
+    other = words(draw_structure(structure(changed(SMOKE, simmat=simmat, steps=1, teacher=changed(SMOKE.teacher, backbone="irse18")))))
     assert "+ 0.5\\,L" in other and "0.05" not in other and "continuous" in other and "v'" not in other and "t / 50" in other and "dist" in other
     assert "irse18" in other and "from 49 to 49" in other
 
@@ -96,8 +98,8 @@ def test_nothing_is_left_on_the_networks():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "The smoke profile over two seeds, with shorter trainings of E_id and of the generator."
-    out, short = tmp_path_factory.mktemp("out"), dict(simmat=SMOKE.simmat.model_copy(update=dict(steps=3)), teacher=SMOKE.teacher.model_copy(update=dict(epochs=1)))
-    profile = SMOKE.model_copy(update=dict(per_subject=8, pairs=20, candidates=12, steps=2, **short))
+    out, short = tmp_path_factory.mktemp("out"), dict(simmat=changed(SMOKE.simmat, steps=3), teacher=changed(SMOKE.teacher, epochs=1))
+    profile = changed(SMOKE, per_subject=8, pairs=20, candidates=12, steps=2, **short)
     return out, reproduce(profile, RESULTS, out, seeds=2, say=lambda line: None, progress=False), Study(profile, out)
 
 

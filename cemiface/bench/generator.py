@@ -25,15 +25,14 @@ from ..recognition.backbones import backbone
 from ..generation.diffusion import ddim_scheduler, denoise, SAMPLERS
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS, identity_embedding
 from ..generation.simmat import SimMatConfig
-from ..generation.training import Denoiser
-from ..generation.training import train_generator
+from ..generation.training import Denoiser, train_generator
 from ..generation.pipeline import CemiFacePipeline
 from ..generation.calibration import sample_embeddings
 from ..generation.shipped import shipped_pipeline
 from ..sets.synthesis import generate_set
 from ..audit.similarity import frechet_distance
 from ..study.profiles import Profile, PROFILES
-from ..study.tasks import accuracies
+from ..study.experiments import train_and_evaluate
 from ..study.study import Study
 from .recognition import alone, DTYPES, matmul_peak, repeat_for
 
@@ -159,7 +158,7 @@ def bench_accuracy(
         pipe, avg = CemiFacePipeline(**parts | {"scheduler": SAMPLERS[sampler].from_config(parts["scheduler"].config)}), []
         for seed in study.seeds:
             drawn = generate_set(pipe, faces, 0., p.set_per_subject, Path(folder)/f"set {seed}", seed=seed, steps=steps, oversample=p.oversample, progress=False)
-            avg.append(accuracies(open_faces(drawn, p.size), study.student(seed), sets, Path(folder)/"train")["accuracy"]["AVG"])
+            avg.append(train_and_evaluate(open_faces(drawn, p.size), study.student(seed), sets, Path(folder)/"train")["accuracy"]["AVG"])
     return dict(sampler=sampler, steps=steps, profile=p.name, images=len(faces) * p.set_per_subject, AVG=round(float(np.mean(avg)), 2), std=round(float(np.std(avg, ddof=1)), 2) if seeds > 1 else None, of_each_seed=[round(a, 2) for a in avg])
 
 # %% ../../nbs/bench/02_generator.ipynb #e7d7e3f6

@@ -86,6 +86,8 @@ def train_generator(
     from cemiface.core.figures import save_figure
     from cemiface.generation.conditioning import GENERATORS
     from cemiface.study.profiles import PROFILES
+    from cemiface.core.files import write_whole
+    from cemiface.core.settings import changed
     from cemiface.generation.diffusion import ddim_scheduler
     from cemiface.generation.simmat import PACE
     from cemiface.generation.training import plot_training
@@ -93,7 +95,7 @@ def train_generator(
     device = pick_device(device)
     quick = dict(precision="bf16", channels_last=True) if device.startswith("cuda") else {}
     asked = dict(steps=steps, batch_size=batch_size, precision=precision, seed=seed, sample_every=sample_every)
-    config = settings_of(getattr(PROFILES[preset], method).model_copy(update=quick | {k: v for k, v in asked.items() if v is not None}), changes or [])
+    config = settings_of(changed(getattr(PROFILES[preset], method), **quick | {k: v for k, v in asked.items() if v is not None}), changes or [])
     if list_settings: return typer.echo(settings_table(config))
     if data is None: raise ValueError("--data is missing: name the training faces")
     check_tracker(log_with)

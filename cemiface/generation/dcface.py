@@ -26,8 +26,7 @@ from ..recognition.groups import class_centres, cos_to_centre
 from .diffusion import denoise, image_noise, starting_noise
 from .conditioning import GeneratorConfig, identity_embedding
 from .simmat import similarity, TrainingConfig
-from .training import embed_both
-from .training import train_generator
+from .training import embed_both, train_generator
 from .pipeline import as_output, CemiFacePipeline, OwnModels
 
 # %% ../../nbs/generation/08_dcface.ipynb #66d55446

@@ -8,16 +8,15 @@ __all__ = ['SEVEN', 'SIZES', 'FAST', 'OWN', 'VARIANT_STEPS', 'TRAINING', 'PROFIL
 # %% ../../nbs/study/01_profiles.ipynb #461d1689
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from ..recognition.training import RecogniserConfig
 from ..generation.dcface import DCFaceConfig
 from ..generation.simmat import SimMatConfig
 
 # %% ../../nbs/study/01_profiles.ipynb #6dab3013
-class Profile(BaseModel):
+class Profile(BaseModel, extra="forbid", frozen=True):
     "Every size that one reproduction uses."
-    model_config = ConfigDict(extra="forbid")
     name: str = Field(description="the profile's name, shown with every result")
     size: int = Field(description="image height and width, pixels")
     train_subjects: int = Field(description="subjects of the set that E_id and the generator are trained on")

@@ -4,27 +4,27 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'BINS', 'MODELS', 'set_path', 'open_images', 'first_of_each', 'stored_faces', 'set_fingerprint',
-           'pairs_fingerprint', 'open_network', 'network_fingerprint', 'own_share', 'fitting_centres', 'Found',
-           'looked_at', 'set_facts', 'pairs_path', 'pairs_facts', 'whole_pairs', 'PaperData']
+           'pairs_fingerprint', 'open_network', 'network_fingerprint', 'share_at_own_centre', 'fitting_centres',
+           'Entry', 'entry_of', 'set_facts', 'pairs_path', 'pairs_facts', 'whole_pairs', 'PaperData']
 
 # %% ../../nbs/study/02_user_files.ipynb #f5b3a45f
 import hashlib, json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
+from torch import nn, Tensor
 import torch
-from torch import Tensor, nn
 
-from ..recognition.checkpoints import load_checkpoint
 from ..data.faceset import EncodedImages, FaceSet, Picked
-from ..recognition.groups import class_centres, cos_to_centre
 from ..data.images import images_in
-from ..data.pairs import PairSet, damaged_pairs, open_pairs
-from ..recognition.training import embed, load_recogniser
+from ..data.pairs import damaged_pairs, open_pairs, PairSet
 from ..data.recordio import RecordFile
-from ..data.records import LIST_SUFFIXES, Encoded, Files, find_list, find_record, open_encoded
+from ..data.records import Encoded, Files, find_list, find_record, LIST_SUFFIXES, open_encoded
+from ..recognition.checkpoints import load_checkpoint
+from ..recognition.groups import class_centres, cos_to_centre
+from ..recognition.training import embed, load_recogniser
 from ..recognition.verification import check_sets
 
 # %% ../../nbs/study/02_user_files.ipynb #229f56a2
@@ -34,8 +34,8 @@ NEEDED = dict( # name: what it is, where one gets it
     casia=("CASIA-WebFace, 490k aligned faces of 10,572 subjects", "InsightFace's dataset zoo (faces_webface_112x112)"),
     vggface2=("VGGFace2, aligned faces", "InsightFace's dataset zoo (faces_vgg_112x112)"),
     flickr=("faces from Flickr to train on", _FLICKR),
-    webface_1shot=("inquiries, one image a subject of WebFace4M", "the WebFace260M project, on application"),
-    flickr_1shot=("inquiries, one image a person from Flickr", _FLICKR),
+    webface_1shot=("inquiries, one image per subject of WebFace4M", "the WebFace260M project, on application"),
+    flickr_1shot=("inquiries, one image per person from Flickr", _FLICKR),
     ddpm=("inquiries, faces of a diffusion model without condition", "DCFace's repository, stage1/unconditional_generation"),
     digiface=("DigiFace-1M, rendered faces: inquiries, and a set of Table 12", "Microsoft's DigiFace1M repository"),
     **{kind: (f"inquiries of Figure 8, {kind} photos", "your own choice of photos, aligned") for kind in ("clear", "blurred", "occluded", "turned", "painted")},
@@ -63,7 +63,7 @@ def open_images(
 def first_of_each(
     encoded:Encoded,
     subjects:int|None=None, # so many at most; None: all
-)->Encoded: # one image a subject
+)->Encoded: # one image per subject
     "The first image of every subject."
     return encoded.subset(torch.from_numpy(np.unique(encoded.labels.numpy(), return_index=True)[1][:subjects]))
 
@@ -112,12 +112,13 @@ def network_fingerprint(
 )->str: # 12 hex digits
     "A hash of every weight. ValueError if it takes other images or gives other embeddings."
     model = open_network(path).model
-    if (found := (model.config.size, model.config.emb_dim)) != (size, emb_dim):
-        raise ValueError(f"{path} takes {found[0]} px and gives {found[1]} numbers, where {size} px and {emb_dim} are needed: give another recogniser")
+    takes, gives = model.config.size, model.config.emb_dim
+    if (takes, gives) != (size, emb_dim):
+        raise ValueError(f"{path} takes {takes} px and gives {gives} numbers, where {size} px and {emb_dim} are needed: give another recogniser")
     return _digest(*(v.contiguous().numpy().tobytes() for v in model.state_dict().values()))
 
 # %% ../../nbs/study/02_user_files.ipynb #9449d152
-def own_share(
+def share_at_own_centre(
     emb:Tensor, # [N,D]
     labels:Tensor, # int64 [N]
     centres:Tensor, # [C,D]
@@ -137,14 +138,14 @@ def fitting_centres(
         rows = torch.arange(0, len(faces), max(1, len(faces) // sample))
         emb, text = embed(model, Picked(faces.images, rows)), torch.tensor(sorted(range(len(centres)), key=faces.subjects.__getitem__))
         orders = {"rows of the classification weight": torch.arange(len(centres)), "rows of the classification weight, subjects sorted as text,": text.argsort()}
-        shares = {which: own_share(emb, faces.labels[rows], centres[order]) for which, order in orders.items()}
+        shares = {which: share_at_own_centre(emb, faces.labels[rows], centres[order]) for which, order in orders.items()}
         best = max(shares, key=shares.get)
         if shares[best] > .75: return centres[orders[best]], best
     return class_centres(embed(model, faces.images), faces.labels), "mean embeddings of subjects, in place of rows of the classification weight,"
 
 # %% ../../nbs/study/02_user_files.ipynb #1584e923
 @dataclass(frozen=True)
-class Found:
+class Entry:
     "What a folder of data holds under one name."
     name:str
     path:Path
@@ -159,16 +160,16 @@ class Found:
         what, where = NEEDED[self.name]
         return f"{self.path} is missing: {what}; from {where}"
 
-def looked_at(
+def entry_of(
     name:str,
     path:Path,
     facts:Callable, # path to fingerprint, and for a set its subjects and images
-)->Found:
+)->Entry:
     "What lies under a path. An error is its problem, in one line."
-    if not path.exists(): return Found(name, path, problem="missing")
-    try: return Found(name, path, *facts(path))
+    if not path.exists(): return Entry(name, path, problem="missing")
+    try: return Entry(name, path, *facts(path))
     except (ValueError, OSError) as e: why = " ".join(str(e).split())
-    return Found(name, path, problem=why if path.name in why else f"{path} cannot be read ({why}): copy it again")
+    return Entry(name, path, problem=why if path.name in why else f"{path} cannot be read ({why}): copy it again")
 
 # %% ../../nbs/study/02_user_files.ipynb #d100d6c5
 def set_facts(
@@ -177,7 +178,7 @@ def set_facts(
 )->tuple[str, int, int]: # fingerprint, subjects, images
     "ValueError or OSError if the set is of no use."
     encoded = open_images(path)
-    if labelled and len(encoded) == len(encoded.subjects): raise ValueError(f"{path} has one image a subject, nothing to learn a person from: put the images into a folder a subject")
+    if labelled and len(encoded) == len(encoded.subjects): raise ValueError(f"{path} has one image per subject, nothing to learn a person from: put the images into one folder per subject")
     return set_fingerprint(encoded), len(encoded.subjects), len(encoded)
 
 def pairs_path(root:Path, name:str)->Path: # of a benchmark, which need not exist
@@ -201,25 +202,25 @@ class PaperData:
         root:str|Path|None, # the folder; None: none was given, and everything is missing
         size:int, # pixels a side that recognisers have to take
     ):
-        self.root, self.given, self.size, self._seen = Path(root or "DIR").expanduser(), root is not None, size, {}
+        self.root, self.given, self.size, self._entries = Path(root or "DIR").expanduser(), root is not None, size, {}
         if root and not self.root.is_dir(): raise FileNotFoundError(f"there is no folder {self.root}: give the folder that holds casia, lfw.bin and so on, or sets")
 
-    def __getitem__(self, name:str)->Found: # a name of NEEDED, or sets/NAME
-        if name not in self._seen: self._seen[name] = self._look(name)
-        return self._seen[name]
+    def __getitem__(self, name:str)->Entry: # a name of NEEDED, or sets/NAME
+        if name not in self._entries: self._entries[name] = self._look(name)
+        return self._entries[name]
 
-    def _look(self, name:str)->Found:
-        if name not in BINS.values(): return looked_at(name, set_path(self.root, name), lambda p: set_facts(p, name == "casia" or name.startswith("sets/")))
-        return looked_at(name, pairs_path(self.root, name), pairs_facts)
+    def _look(self, name:str)->Entry:
+        if name not in BINS.values(): return entry_of(name, set_path(self.root, name), lambda p: set_facts(p, name == "casia" or name.startswith("sets/")))
+        return entry_of(name, pairs_path(self.root, name), pairs_facts)
 
-    def network(self, name:str)->Found|None: # a name of MODELS; None: there is none
+    def network(self, name:str)->Entry|None: # a name of MODELS; None: there is none
         files = [p for p in sorted(self.root.glob(f"{name}*")) if p.name == name and p.is_dir() or p.stem == name and p.is_file()]
         if not files: return None
-        if len(files) > 1: return Found(name, files[0], problem=f"{files[0]} and {files[1].name} are both there: keep one")
-        if name not in self._seen: self._seen[name] = looked_at(name, files[0], lambda p: (network_fingerprint(p, self.size),))
-        return self._seen[name]
+        if len(files) > 1: return Entry(name, files[0], problem=f"{files[0]} and {files[1].name} are both there: keep one")
+        if name not in self._entries: self._entries[name] = entry_of(name, files[0], lambda p: (network_fingerprint(p, self.size),))
+        return self._entries[name]
 
-    def used(self)->list[Found]: return [f for f in self._seen.values() if f.data] # of those looked at
+    def used(self)->list[Entry]: return [f for f in self._entries.values() if f.data] # of those that were asked for
 
     def others(self)->list[str]: # NAME of sets/NAME
         "Sets of other methods."
