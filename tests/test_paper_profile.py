@@ -26,7 +26,7 @@ from cemiface.data.images import encode_image, read_image
 from cemiface.paper.inquiry_sources import CHALLENGES
 from cemiface.paper.methods import first_images, published_row
 from cemiface.data.pairs import open_pairs, write_bin
-from cemiface.world.faces import BENCHMARKS, WORLDS, benchmark_pairs, world_faces
+from cemiface.world.faces import PROC_BENCHMARKS, WORLDS, benchmark_pairs, world_faces
 from cemiface.paper.published import published
 from cemiface.data.recordio import RecordWriter
 from cemiface.core.report import Finding
@@ -37,7 +37,7 @@ from cemiface.recognition.verification import evaluate
 
 NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "table6", "table13", "figure8"]
 COUNTS = [3, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7] # images of each subject of casia
-BINS = dict(zip(BENCHMARKS, ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")))
+BINS = dict(zip(PROC_BENCHMARKS, ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")))
 TINY = changed(GENERATORS["paper"], block_out_channels=(8, 8, 8, 8, 16), layers_per_block=(1,) * 5, norm_groups=4, head_dim=8, sim_dim=16, cond_dim=16)
 
 
@@ -278,7 +278,7 @@ def test_procedural_tasks_are_what_they_were(tmp_path):
 
 def test_names_of_data_are_those_of_the_worlds():
     from cemiface.study.user_files import BINS as files, NEEDED
-    assert set(NEEDED) == set(WORLDS) | set(files.values()) and [f"proc-{n}" for n in files] == list(BENCHMARKS)
+    assert set(NEEDED) == set(WORLDS) | set(files.values()) and [f"proc-{n}" for n in files] == list(PROC_BENCHMARKS)
 
 
 def test_published_volumes(tmp_path):

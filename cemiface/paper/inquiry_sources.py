@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'table5', 'table4', 'table8', 'FIGURE6', 'CHALLENGES', 'FIGURE8', 'FIGURE8_REAL', 'from_source',
-           'centre_table', 'figure6', 'sharpness', 'challenge_table', 'plot_challenges', 'challenge_facts', 'figure8']
+           'centre_table', 'plot_rows', 'figure6', 'sharpness', 'challenge_table', 'plot_challenges', 'challenge_facts',
+           'figure8']
 
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #70d4aad1
+from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
-from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from torch import Tensor
+import torch
 
 from ..core.figures import figure_style
 from ..core.report import Finding
-from ..sets.synthesis import contact_sheet
+from ..sets.pictures import contact_sheet
 from ..study.results import result
 from ..study.study import Study
 from .impact_of_m import achieved
-from .methods import plot_rows
 from .settings import ablation, WENT_ON
 
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #83582ee0
@@ -67,6 +67,31 @@ def centre_table(cos_sim:dict, # kind of centre -> cosines to it [N,M], from hig
     return pd.DataFrame([{"centre": k, **{f"m = {m:g}": v for m, v in zip(ms, c.mean(0).tolist())},
                           "span": spans[k].mean().item(), "span_se": spans[k].std().item() / len(c)**.5}
                          for k, c in cos_sim.items()])
+
+# %% ../../nbs/paper/06_inquiry_sources.ipynb #487e5081
+@figure_style()
+def plot_rows(first:list, # of each row: its inquiry, uint8 [3,S,S]; or text where there is none
+              images:Tensor, # uint8 [R,C,3,S,S]
+              cos:Tensor, # [R,C]
+              names:list[str], # of the columns
+              apart:int=0, # so many columns stand apart, at the end
+              )->Figure:
+    "A row an inquiry, its images with their cosines."
+    (R, C), minus = cos.shape, lambda text: text.replace("-", "\N{MINUS SIGN}")
+    gaps, columns = {1, C + 2 - apart} if apart else {1}, C + (3 if apart else 2)
+    widths = [.2 if j in gaps else 1 for j in range(columns)]
+    fig, axes = plt.subplots(R, columns, figsize=(.78 * (C + 1.4), .93 * R + .2), width_ratios=widths, squeeze=False)
+    for ax in axes.flat: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+    fig.get_layout_engine().set(h_pad=.01, hspace=0)
+    for r in range(R):
+        places = axes[r][[j for j in range(columns) if j not in gaps]]
+        for ax, x, c, name in zip(places, [first[r], *images[r]], [None, *cos[r].tolist()], ["inquiry", *names]):
+            if isinstance(x, str): ax.text(.5, .5, x, ha="center", va="center", fontsize=7.5, transform=ax.transAxes)
+            else: ax.imshow(x.permute(1, 2, 0).numpy(), interpolation="nearest")
+            if c is not None: ax.set_xlabel(minus(f"{c:.2f}"), fontsize=7, labelpad=2)
+            if r == 0: ax.set_title(minus(name), fontsize=8)
+    plt.close(fig)
+    return fig
 
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #e88ee5cc
 FIGURE6 = ("From m = {high:g} to m = {low:g} the achieved cosine falls by {span[0]:.2f} ± {se[0]:.2f} for faces, "

@@ -7,17 +7,17 @@ __all__ = ['METHODS', 'TABLE7', 'PAIRS', 'TABLE12', 'VARIETY', 'CONDITIONS', 'CO
            'FIGURE9', 'subject_means', 'scatter_and_shift', 'similarity_table', 'similarity_facts', 'table7',
            'distances', 'first_images', 'distance_facts', 'table12', 'variety_facts', 'variety', 'condition_facts',
            'conditioning', 'volume_runs', 'volume_training', 'published_row', 'comparison', 'volume_facts', 'table6',
-           'plot_rows', 'domain_facts', 'figure9']
+           'domain_facts', 'figure9']
 
 # %% ../../nbs/paper/07_methods.ipynb #f74bfb3d
 import re
 
+from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
-from matplotlib.figure import Figure
 from torch import Tensor
+import torch
 
 from ..core.figures import figure_style
 from ..core.report import Finding
@@ -28,6 +28,7 @@ from ..audit.similarity import (achieved_similarity, BUCKETS, first_pictures, fi
 from ..study.results import result
 from ..study.study import Study
 from .impact_of_m import achieved
+from .inquiry_sources import plot_rows
 from .published import published
 from .statistics import agreement, is_significant, least_difference, over_seeds, rank_agreement
 
@@ -329,31 +330,6 @@ def table6(study:Study)->Finding:
     facts = dict(volumes=", ".join(f"{v:g}M: {text}" for v, text in sizes.items()), copies=p.oversample,
                  threshold=study.inquiries().run()["threshold"], threshold_wide=wide.run()["threshold"])
     return Finding(TABLE6, table, facts=volume_facts(table, len(study.seeds)) | facts)
-
-# %% ../../nbs/paper/07_methods.ipynb #487e5081
-@figure_style()
-def plot_rows(first:list, # of each row: its inquiry, uint8 [3,S,S]; or text where there is none
-              images:Tensor, # uint8 [R,C,3,S,S]
-              cos:Tensor, # [R,C]
-              names:list[str], # of the columns
-              apart:int=0, # so many columns stand apart, at the end
-              )->Figure:
-    "A row an inquiry, its images with their cosines."
-    (R, C), minus = cos.shape, lambda text: text.replace("-", "\N{MINUS SIGN}")
-    gaps, columns = {1, C + 2 - apart} if apart else {1}, C + (3 if apart else 2)
-    widths = [.2 if j in gaps else 1 for j in range(columns)]
-    fig, axes = plt.subplots(R, columns, figsize=(.78 * (C + 1.4), .93 * R + .2), width_ratios=widths, squeeze=False)
-    for ax in axes.flat: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-    fig.get_layout_engine().set(h_pad=.01, hspace=0)
-    for r in range(R):
-        places = axes[r][[j for j in range(columns) if j not in gaps]]
-        for ax, x, c, name in zip(places, [first[r], *images[r]], [None, *cos[r].tolist()], ["inquiry", *names]):
-            if isinstance(x, str): ax.text(.5, .5, x, ha="center", va="center", fontsize=7.5, transform=ax.transAxes)
-            else: ax.imshow(x.permute(1, 2, 0).numpy(), interpolation="nearest")
-            if c is not None: ax.set_xlabel(minus(f"{c:.2f}"), fontsize=7, labelpad=2)
-            if r == 0: ax.set_title(minus(name), fontsize=8)
-    plt.close(fig)
-    return fig
 
 # %% ../../nbs/paper/07_methods.ipynb #156fc29b
 FIGURE9 = ("From m = {m_high:g} to m = {m_low:g} the mean achieved cosine falls by {span:.2f} on rendered inquiries "
