@@ -21,8 +21,8 @@ _homes = {
     "generation.shipped": ("shipped_pipeline",),
     "sets.inquiries": ("select_inquiries", "choose_inquiries"),
     "sets.layout": ("merge_set", "set_plan"),
-    "sets.synthesis": ("generate_set", "m_grid"),
-    "sets.stored": ("verify_set", "regenerate"),
+    "sets.synthesis": ("generate_set", "draw_m_grid"),
+    "sets.stored": ("open_set", "verify_set", "regenerate"),
     "audit.card": ("write_card",),
     "generation.dcface": ("DCFaceConditioner", "DCFaceConfig", "DCFacePipeline", "StyleBank", "style_bank", "train_dcface"),
 }

@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 
 from cemiface.audit.similarity import (BUCKETS, LOOKS, achieved_similarity, class_cosines, control_curve, draw_pairs, first_rows, frechet_distance, frechet_of_moments,
                             label_share, look_table, plot_class_cosines, plot_control, plot_tsne, read_moments, share_error, tsne_points)
-from cemiface.audit.page import PARTS, Audit, findings_of, finite_embeddings, open_generated
+from cemiface.audit.page import PARTS, Audit, findings_of, finite_embeddings
 from cemiface.cli.app import app
 from cemiface.data.faceset import FaceSet, open_faces
 from cemiface.generation.shipped import shipped_models
 from cemiface.data.images import write_folder
 from cemiface.audit.leakage import (FMR, cut_offs, factor_table, fit_factors, leakage, least_noticed, nearest_others, rate_interval, same_cosine, template_images,
                               templates)
+from cemiface.sets.stored import open_set
 from cemiface.sets.synthesis import generate_set
 
 
@@ -232,7 +233,7 @@ def test_a_set_leaks_from_itself_entirely_and_strangers_do_not():
     emb, labels = people(120)
     train, mine = templates(emb, labels), torch.arange(120)
     itself = leakage(train, train, emb, labels, people_own=mine)
-    assert itself.table.generated.tolist() == [100] * 3 and itself.leaks and (emb[itself.found.row] * train).sum(1).min() > .5
+    assert itself.table.generated.tolist() == [100] * 3 and itself.leaks and (emb[itself.generated.row] * train).sum(1).min() > .5
     new, which = people(120, seed=1)
     strangers = leakage(templates(new, which), train, emb, labels, people_own=mine)
     assert not strangers.leaks and strangers.real.threshold == itself.real.threshold
@@ -311,7 +312,7 @@ def test_factors_that_are_there_are_read_and_no_others():
     mixing = torch.randn(3, 20, generator=g)
     emb = truth[labels][:, :3] @ mixing + .1 * torch.randn(320, 20, generator=g)           # the last two leave no trace
     reader = fit_factors(emb, labels, truth[labels])
-    assert reader.told.tolist() == [True] * 3 + [False] * 2 and reader.r2[:3].min() > .9
+    assert reader.readable.tolist() == [True] * 3 + [False] * 2 and reader.r2[:3].min() > .9
     table = factor_table(reader, reader.held_out[:10], truth[:10])
     by_hand = [[float((reader.held_out[a] - truth[b])[:3].square().mean().sqrt()) for b in range(80)] for a in range(80)]
     assert table["mean"].iloc[0] == pytest.approx(np.mean(np.diag(by_hand)), abs=1e-5)
@@ -408,7 +409,7 @@ def test_errors_in_one_line(sets, tmp_path):
     assert "embeddings" in error(sets / "drawn", *to, "--inquiries", tmp_path / "e.npy")
     assert "not the 6 inquiries" in error(sets / "drawn", *to, "--inquiries", "proc:ddpm")
     assert "there is no" in error(tmp_path / "nothing", *to) and "there is no" in error(sets / "drawn", "--against", tmp_path / "nothing", "--out", tmp_path / "b")
-    assert "no model" in error(sets / "drawn", *to, "--model", tmp_path / "m")
+    assert "no recogniser" in error(sets / "drawn", *to, "--recogniser", tmp_path / "m")
     shutil.copytree(sets / "drawn", tmp_path / "broken")
     (tmp_path / "broken/000001/0000.png").write_bytes(b"junk")
     assert "row" in error(tmp_path / "broken", *to) and not (tmp_path / "a/index.html").exists()
@@ -417,7 +418,7 @@ def test_errors_in_one_line(sets, tmp_path):
 
 
 def test_a_recogniser_of_another_size(sets): # and one that makes no numbers
-    with pytest.raises(ValueError, match="pixels, the recogniser takes 112"): open_generated(sets / "drawn", 112)
+    with pytest.raises(ValueError, match="pixels, the recogniser takes 112"): open_set(sets / "drawn", 112)
     class Broken(torch.nn.Linear):
         def forward(self, x): return torch.full((len(x), 4), torch.nan)
     with pytest.raises(ValueError, match="real: some embeddings are not finite"): finite_embeddings(Broken(1, 1), open_faces(sets / "real", 32))

@@ -1,10 +1,13 @@
 "The command line on a user's own folder of JPEGs, errors included."
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from test_checkpoints import AdaFaceNet, trained
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from cemiface.cli.app import app
@@ -19,7 +23,7 @@ from cemiface.data.pairs import open_pairs, write_bin
 from cemiface.generation.shipped import shipped_pipeline
 from cemiface.data.records import open_encoded
 
-TINY = ("--backbone", "ir18", "--width", 8, "--size", 16, "--epochs", 2, "--batch-size", 16, "--lr", 0.02)
+TINY = ("--set", "backbone=ir18", "--set", "width=8", "--size", 16, "--epochs", 2, "--batch-size", 16, "--lr", 0.02)
 
 
 def run(*words):
@@ -71,13 +75,90 @@ def generator(folder, model, tmp_path_factory):
     ok("train-generator", "--data", folder, "--recogniser", model, "--out", out, "--preset", "smoke", "--steps", 3, "--batch-size", 8)
     return out
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def leaves(command, words=()):
+    "Every command below one, with the words that call it."
+    if not hasattr(command, "commands"): return [(words, command)]
+    return [leaf for name, below in command.commands.items() for leaf in leaves(below, (*words, name))]
+
+
+def parse(line):
+    "Read a command line as the command would, and run nothing. An error of click for what it would not take."
+    command, words = get_command(app), shlex.split(line)
+    assert words.pop(0) == "cemiface", line
+    context = None
+    while hasattr(command, "commands"):
+        context = command.make_context("cemiface", words[:1], parent=context, resilient_parsing=True)
+        name, command, _ = command.resolve_command(context, words[:1])
+        words = words[1:]
+    command.make_context(name, words, parent=context)
+
+
+@pytest.mark.parametrize("words, command", leaves(get_command(app)), ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_examples_of_every_command_parse(words, command):
+    examples = re.findall(r"Example[^:\n]*: (.+)", command.help)
+    assert examples and not re.search(r"Example.*\n {4,}\S", command.help), "an example stands in one line"
+    for line in examples:
+        assert line.startswith(" ".join(("cemiface", *words)) + " ") or line == " ".join(("cemiface", *words)), line
+        parse(line)
+    for wrong in ("--model=x", "--recipe=x", "--threshold-model=x"):
+        with pytest.raises(Exception, match="No such option"): parse(f"{examples[0]} {wrong}")
+
+
+def test_examples_of_the_first_help_parse():
+    examples = re.findall(r"Example[^:\n]*: (.+)", get_command(app).help)
+    assert len(examples) == 2
+    for line in examples: parse(line)
+
+
+def command_lines(path):
+    "What a page tells its reader to type: lines of fenced code, and cells that call the shell."
+    cells = [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text())["cells"]] if path.suffix == ".ipynb" else [("markdown", path.read_text())]
+    for kind, text in cells:
+        text = text.replace("\\\n", " ") # continued lines
+        shell = re.findall(r"^!(cemiface .+)", text, re.M) if kind == "code" else [m for block in re.findall(r"^```.*?^```", text, re.M | re.S) for m in re.findall(r"^(cemiface .+)", block, re.M)]
+        for line in shell: yield re.split(r" +(?:\d?>|\||;|#|&&)", line)[0]
+
+
+PAGES = [ROOT / "README.md", ROOT / "nbs/index.ipynb", *sorted((ROOT / "nbs/guides").glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_of_the_pages_parse(page):
+    lines = list(command_lines(page))
+    assert lines
+    for line in lines: parse(line)
+
+
+def test_every_command_has_a_name_of_its_own_and_errors_by_it():
+    names = [" ".join(words) for words, _ in leaves(get_command(app))]
+    assert len(set(names)) == len(names)
+    for name, source in (("data lint", "gone"), ("set verify", "gone"), ("set merge", "gone"), ("recogniser import", "gone.ckpt"), ("set card", "gone")):
+        said = run(*name.split(), source)
+        assert said.exit_code == 2 and said.output.strip().splitlines()[-1].startswith(f"cemiface {name}: "), said.output
+
+
+def test_settings_of_a_recogniser(folder, tmp_path):
+    listed = ok("train-recogniser", "--preset", "adaface", "--list-settings", "--set", "clip=2")
+    assert re.search(r"^clip +2.0 ", listed, re.M) and re.search(r"^--epochs +26 ", listed, re.M) and re.search(r"^margin +adaface ", listed, re.M)
+    assert re.search(r"^margin_m +None ", ok("train-recogniser", "--preset", "arcface", "--list-settings", "--set", "margin=cosface"), re.M)  # ArcFace's margin is not CosFace's
+    assert re.search(r"^margin_m +0.3 ", ok("train-recogniser", "--list-settings", "--set", "margin_m=0.3", "--set", "margin=arcface"), re.M)
+    words = ("train-recogniser", "--data", folder, "--out", tmp_path / "m", *TINY)
+    assert "--epochs 3" in error(2, *words, "--set", "epochs=3")
+    assert "--list-settings" in error(2, *words, "--set", "depth=18")
+    assert "backbone" in error(2, *words, "--set", "backbone=vgg")
+    assert "--data is missing" in error(2, "train-recogniser", "--out", tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
 
 def test_defaults_fit_a_small_folder(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ok("train-recogniser", "--data", folder, *TINY[:8])  # neither batch size nor learning rate given
     config = json.loads((tmp_path / "my_recogniser" / "recogniser.json").read_text())["config"]
     assert config["batch_size"] == 8 and config["lr"] == pytest.approx(.1 * 8 / 512)
-    ok("groups", "--data", folder, "--model", "my_recogniser", "--n-groups", 4)
+    ok("groups", "--data", folder, "--recogniser", "my_recogniser", "--n-groups", 4)
     assert (tmp_path / "my_groups" / "groups.csv").exists()
 
 
@@ -89,19 +170,19 @@ def test_help_is_quick_and_loads_no_torch():
 
 
 def test_verify_own_folder(folder, model, tmp_path):
-    words = ("verify", "--model", model, "--data", folder, "--pairs", 40, "--out", tmp_path / "verified")
+    words = ("verify", "--recogniser", model, "--data", folder, "--pairs", 40, "--out", tmp_path / "verified")
     first = run(*words)
     assert first.exit_code == 0 and first.stdout == run(*words).stdout  # pairs are seeded
     table = pd.read_csv(tmp_path / "verified" / "table.csv", index_col=0)
     assert list(table.index) == [folder.name, "AVG"] and 0 <= table.accuracy.iloc[0] <= 100 and table.pairs.iloc[0] == 40
-    assert "sets" in error(2, "verify", "--model", model, "--data", folder, "--sets", "lfw.bin")
+    assert "benchmarks" in error(2, "verify", "--recogniser", model, "--data", folder, "--benchmarks", "lfw.bin")
 
 
 def test_each_image_of_drawn_pairs_is_embedded_once(folder, model, monkeypatch):
     import cemiface.recognition.training as r
     seen, embed = [], r.embed
     monkeypatch.setattr(r, "embed", lambda net, images, *a, **k: seen.append(len(images)) or embed(net, images, *a, **k))
-    ok("verify", "--model", model, "--data", folder, "--pairs", 400)
+    ok("verify", "--recogniser", model, "--data", folder, "--pairs", 400)
     assert len(seen) == 1 and seen[0] <= 32
 
 
@@ -109,16 +190,16 @@ def test_small_subjects_are_left_out_by_name(folder, model, tmp_path):
     few = tmp_path / "few"
     shutil.copytree(folder, few)
     (few / "lonely").mkdir(), shutil.copy(few / "person 0" / "0.jpg", few / "lonely")
-    said = run("verify", "--model", model, "--data", few, "--pairs", 40)
+    said = run("verify", "--recogniser", model, "--data", few, "--pairs", 40)
     assert said.exit_code == 0 and "left out: subject lonely with 1 image" in said.stderr
-    assert "32 images of 4 subjects" in ok("groups", "--data", few, "--model", model, "--n-groups", 4, "--out", tmp_path / "g")
-    assert "subjects have fewer than 2 images" in error(2, "verify", "--model", model, "--data", few, "--strict")
-    assert "subjects have fewer than 20 images" in error(2, "groups", "--data", few, "--model", model, "--n-groups", 20, "--out", tmp_path / "h")
+    assert "32 images of 4 subjects" in ok("groups", "--data", few, "--recogniser", model, "--n-groups", 4, "--out", tmp_path / "g")
+    assert "subjects have fewer than 2 images" in error(2, "verify", "--recogniser", model, "--data", few, "--strict")
+    assert "subjects have fewer than 20 images" in error(2, "groups", "--data", few, "--recogniser", model, "--n-groups", 20, "--out", tmp_path / "h")
 
 
 def test_the_same_folder_by_another_path_goes_on(folder, model, tmp_path, monkeypatch):
     out = tmp_path / "g"
-    words = ("--model", model, "--n-groups", 4, "--out", out)
+    words = ("--recogniser", model, "--n-groups", 4, "--out", out)
     first = run("groups", "--data", folder, *words)
     claimed, images = (out / "command.json").read_text(), (out / "images.csv").read_text()
     assert first.exit_code == 0 and json.loads(claimed)["data"] == str(folder.resolve())
@@ -143,13 +224,13 @@ def bins(folder, tmp_path_factory):
 
 
 def test_verify_bin_files(model, bins, tmp_path):
-    assert "tar@0.001" not in ok("verify", "--model", model, "--sets", bins, "--out", tmp_path / "out")     # twenty pairs resolve no FAR of 1e-3
+    assert "tar@0.001" not in ok("verify", "--recogniser", model, "--benchmarks", bins, "--out", tmp_path / "out")     # twenty pairs resolve no FAR of 1e-3
     table = pd.read_csv(tmp_path / "out" / "table.csv", index_col=0)
     assert list(table.index) == ["lfw", "cfp_fp", "AVG"] and (table.pairs == [20, 20, 40]).all()
     assert (table.ci_low <= table.accuracy).all() and (table.accuracy <= table.ci_high).all()
     assert Image.open(tmp_path / "out" / "verification.png").size[0] > 300
-    assert "nowhere.bin" in error(2, "verify", "--model", model, "--sets", "nowhere.bin")
-    assert "names no set" in error(2, "verify", "--model", model, "--sets", "")
+    assert "nowhere.bin" in error(2, "verify", "--recogniser", model, "--benchmarks", "nowhere.bin")
+    assert "names no set" in error(2, "verify", "--recogniser", model, "--benchmarks", "")
 
 
 def test_sets_are_checked_before_a_training(folder, bins, tmp_path):
@@ -161,27 +242,27 @@ def test_sets_are_checked_before_a_training(folder, bins, tmp_path):
     write_bin(tmp_path / "bad.bin", bad, pairs.issame.tolist())
     (tmp_path / "other").mkdir(), shutil.copy(lfw, tmp_path / "other")
     for sets, says in ((tmp_path / "one.bin", "one"), (f"{lfw},{tmp_path}/other/lfw.bin", "lfw")):
-        assert says in error(2, "train-recogniser", "--data", folder, "--out", out, "--sets", sets, *TINY)
+        assert says in error(2, "train-recogniser", "--data", folder, "--out", out, "--benchmarks", sets, *TINY)
     assert not out.exists()
-    said = run("verify", "--model", "shipped", "--sets", tmp_path / "bad.bin")
+    said = run("verify", "--recogniser", "shipped", "--benchmarks", tmp_path / "bad.bin")
     assert said.exit_code == 2 and "--skip-damaged" in said.output
-    said = run("verify", "--model", "shipped", "--sets", tmp_path / "bad.bin", "--skip-damaged")
+    said = run("verify", "--recogniser", "shipped", "--benchmarks", tmp_path / "bad.bin", "--skip-damaged")
     assert said.exit_code == 0 and "19" in said.stdout
 
 
 def test_verify_several_seeds(folder, model, bins, tmp_path):
     ok("train-recogniser", "--data", folder, "--out", tmp_path / "other", *TINY, "--seed", 1)
-    said = ok("verify", "--model", model, "--model", tmp_path / "other", "--sets", bins, "--out", tmp_path / "both")
+    said = ok("verify", "--recogniser", model, "--recogniser", tmp_path / "other", "--benchmarks", bins, "--out", tmp_path / "both")
     table, single = pd.read_csv(tmp_path / "both" / "table.csv", index_col=0), []
     for m in (model, tmp_path / "other"):
-        ok("verify", "--model", m, "--sets", bins, "--out", tmp_path / "one")
+        ok("verify", "--recogniser", m, "--benchmarks", bins, "--out", tmp_path / "one")
         single.append(pd.read_csv(tmp_path / "one" / "table.csv", index_col=0).accuracy)
-    assert np.allclose(table["mean"], np.mean(single, 0)) and (table.seeds == 2).all() and "over 2 models" in said
-    assert "pixels" in error(2, "verify", "--model", model, "--model", "shipped", "--sets", bins)
+    assert np.allclose(table["mean"], np.mean(single, 0)) and (table.seeds == 2).all() and "over 2 recognisers" in said
+    assert "pixels" in error(2, "verify", "--recogniser", model, "--recogniser", "shipped", "--benchmarks", bins)
 
 
 def test_a_recipe_judged_after_each_epoch(folder, bins, tmp_path):
-    said = ok("train-recogniser", "--data", folder, "--out", tmp_path / "m", "--recipe", "adaface", "--sets", bins, *TINY)
+    said = ok("train-recogniser", "--data", folder, "--out", tmp_path / "m", "--preset", "adaface", "--benchmarks", bins, *TINY)
     assert "ir18 + adaface, 2 epochs" in said and "best" in said
     history = pd.read_csv(tmp_path / "m" / "history.csv")
     assert {"lfw", "cfp_fp", "AVG"} <= set(history) and len(history) == 2 and np.allclose(history.AVG, (history.lfw + history.cfp_fp) / 2)
@@ -194,12 +275,12 @@ def test_from_a_folder_to_groups_as_sets_to_a_recogniser_on_one(folder, model, t
     assert sorted(p.name for p in (tmp_path / "rec").iterdir()) == ["property", "subjects.txt", "train.idx", "train.rec"]
     for centres in ("means", "weights"):
         out = tmp_path / centres
-        ok("groups", "--data", tmp_path / "rec", "--model", model, "--out", out, "--n-groups", 4, "--write", "list", "--centres", centres)
+        ok("groups", "--data", tmp_path / "rec", "--recogniser", model, "--out", out, "--n-groups", 4, "--write", "list", "--centres", centres)
         images = pd.read_csv(out / "images.csv")
         assert images.image.str.contains("train.rec, record").all() and len(images) == 32
     assert "8 images of 4 subjects" in ok("train-recogniser", "--data", tmp_path / "means" / "group_1.txt", "--out", tmp_path / "m", *TINY[:8], "--batch-size", 4)
-    assert "class centres" in error(2, "groups", "--data", folder, "--model", model, "--subjects", 3, "--out", tmp_path / "x", "--centres", "weights", "--n-groups", 4)
-    assert "rendered" in error(2, "groups", "--data", "proc:casia", "--subjects", 2, "--model", model, "--out", tmp_path / "y", "--write", "list")
+    assert "class centres" in error(2, "groups", "--data", folder, "--recogniser", model, "--subjects", 3, "--out", tmp_path / "x", "--centres", "weights", "--n-groups", 4)
+    assert "rendered" in error(2, "groups", "--data", "proc:casia", "--subjects", 2, "--recogniser", model, "--out", tmp_path / "y", "--write", "list")
 
 
 def test_data_commands(folder, bins, tmp_path):
@@ -229,13 +310,14 @@ def test_align(tmp_path):
     assert run("data", "align", tmp_path / "photos", tmp_path / "faces").exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_public_checkpoint_is_imported_verified_and_exported(bins, tmp_path):
     net = trained(AdaFaceNet(18, w=4, d=16, side=2))
     torch.save({"state_dict": {f"model.{k}": v for k, v in net.state_dict().items()} | {"head.kernel": torch.randn(16, 4)}}, tmp_path / "ada.ckpt")
     assert "stored for BGR, 4 class centres" in ok("recogniser", "import", tmp_path / "ada.ckpt", "--out", tmp_path / "ada")
-    tables = [run("verify", "--model", model, "--sets", bins).stdout for model in (tmp_path / "ada", tmp_path / "ada.ckpt")]
+    tables = [run("verify", "--recogniser", model, "--benchmarks", bins).stdout for model in (tmp_path / "ada", tmp_path / "ada.ckpt")]
     assert tables[0] == tables[1] and "cfp_fp" in tables[0]
-    ok("recogniser", "export", "--model", tmp_path / "ada", "--out", tmp_path / "ada.onnx")
+    ok("recogniser", "export", "--recogniser", tmp_path / "ada", "--out", tmp_path / "ada.onnx")
     assert (tmp_path / "ada.onnx").stat().st_size > 10_000
     (tmp_path / "bad.ckpt").write_bytes(b"junk")
     said = run("recogniser", "import", tmp_path / "bad.ckpt")
@@ -244,7 +326,7 @@ def test_a_public_checkpoint_is_imported_verified_and_exported(bins, tmp_path):
 
 def test_groups_of_own_folder(folder, model, tmp_path):
     out = tmp_path / "groups"
-    assert "32 images of 4 subjects" in ok("groups", "--data", folder, "--model", model, "--out", out, "--n-groups", 4)
+    assert "32 images of 4 subjects" in ok("groups", "--data", folder, "--recogniser", model, "--out", out, "--n-groups", 4)
     images = pd.read_csv(out / "images.csv")
     assert sorted(images.groupby(["subject", "group"]).size().unique()) == [2]  # 8 images, 4 groups
     assert all(os.path.exists(p) and f"/{s}/" in p for p, s in zip(images.image, images.subject))
@@ -256,7 +338,7 @@ def test_groups_of_own_folder(folder, model, tmp_path):
 
 def test_generator_with_settings_of_a_table(folder, model, generator, tmp_path):
     words = ("train-generator", "--data", folder, "--recogniser", model, "--preset", "smoke", "--batch-size", 8, "--set", "similarity=euclidean", "--set", "interval=none", "--set", "m_span=[0, 1]")
-    said = ok(*words, "--steps", 3, "--out", tmp_path / "one", "--init", generator, "--sample-every", 2)
+    said = ok(*words, "--steps", 3, "--out", tmp_path / "one", "--init", generator, "--set", "sample_every=2")
     assert "3 steps of 8 images" in said and Image.open(tmp_path / "one" / "training.png").size[0] > 300
     assert (tmp_path / "one" / "train" / "samples" / "0000002.png").exists()
     about = json.loads((tmp_path / "one" / "command.json").read_text())
@@ -272,16 +354,16 @@ def test_generator_with_settings_of_a_table(folder, model, generator, tmp_path):
 def test_baseline_is_trained_and_draws(folder, model, generator, tmp_path):
     words = ("train-generator", "--method", "dcface", "--data", folder, "--recogniser", model, "--preset", "smoke", "--steps", 2, "--batch-size", 8, "--init", generator, "--out", tmp_path / "dcface")
     assert "--m 0" not in ok(*words)
-    draw = ("generate", "--inquiry", folder, "--per-subject", 2, "--model", tmp_path / "dcface", "--steps", 1, "--oversample", 1)
+    draw = ("generate", "--inquiry", folder, "--per-subject", 2, "--generator", tmp_path / "dcface", "--steps", 1, "--oversample", 1)
     assert "4 subjects of 2 images by DCFace" in ok(*draw, "--out", tmp_path / "set")
     assert "is whole" in ok("set", "verify", tmp_path / "set")
-    assert "the same file" in ok("set", "regenerate", tmp_path / "set", "--image", "2/1", "--model", tmp_path / "dcface")
+    assert "the same file" in ok("set", "regenerate", tmp_path / "set", "--image", "2/1", "--generator", tmp_path / "dcface")
     assert "leave --m" in error(2, *draw, "--m", 0, "--out", tmp_path / "other")
 
 
 def test_generate_and_go_on(folder, generator, tmp_path):
     out = tmp_path / "set"
-    words = ("generate", "--inquiry", folder, "--m", 0, "--per-subject", 3, "--out", out, "--model", generator, "--steps", 2, "--oversample", 1)
+    words = ("generate", "--inquiry", folder, "--m", 0, "--per-subject", 3, "--out", out, "--generator", generator, "--steps", 2, "--oversample", 1)
     assert "4 subjects of 3 images at m = 0" in ok(*words)
     made = {p: p.read_bytes() for p in out.rglob("*.png")}
     assert len(made) == 4 * (3 + 1) and all(Image.open(p).size == (16, 16) for p in made)
@@ -293,11 +375,11 @@ def test_generate_and_go_on(folder, generator, tmp_path):
 
 
 def test_set_of_a_plan_and_its_image_drawn_again(folder, generator, tmp_path):
-    words = ("generate", "--inquiry", folder, "--plan", "m in {0,0.5}", "--scale", .0002, "--model", generator, "--steps", 1, "--oversample", 1, "--sampler", "unipc", "--precision", "bf16")
+    words = ("generate", "--inquiry", folder, "--plan", "m in {0,0.5}", "--scale", .0002, "--generator", generator, "--steps", 1, "--oversample", 1, "--sampler", "unipc", "--precision", "bf16")
     assert "2 subjects of 50 images at m = 0, 0.5" in ok(*words, "--out", tmp_path / "set")
     table = pd.read_csv(tmp_path / "set" / "manifest.csv", dtype=str).query("m == m")
     assert len(table) == 100 and set(table.m.astype(float)) == {0., .5} and set(table.sampler) == {"UniPCMultistepScheduler"}
-    assert "the same file" in ok("set", "regenerate", tmp_path / "set", "--image", "1/7", "--model", generator)  # sampler and precision are the set's
+    assert "the same file" in ok("set", "regenerate", tmp_path / "set", "--image", "1/7", "--generator", generator)  # sampler and precision are the set's
     assert "needs 10 inquiries, and there are 4" in error(2, *words, "--scale", .001, "--out", tmp_path / "other")
     assert "no plan is called 'x'" in error(2, *words, "--plan", "x", "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -316,9 +398,9 @@ def test_set_at_a_similarity(tmp_path):
 def test_set_of_embeddings(generator, tmp_path):
     emb = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
     np.save(tmp_path / "centres.npy", np.concatenate([emb, emb[:2] + .1]))  # the last two are too near to the first two
-    words = ("generate", "--per-subject", 2, "--model", generator, "--steps", 1, "--m", "1,-1")
+    words = ("generate", "--per-subject", 2, "--generator", generator, "--steps", 1, "--m", "1,-1")
     said = ok(*words, "--inquiry", tmp_path / "centres.npy", "--threshold", .3, "--out", tmp_path / "set")
-    assert "4 subjects of 2 images at m = 1, -1, and 0 copies" in said
+    assert "4 subjects of 2 images at m = 1, -1 (16 px), and no copies" in said
     assert json.loads((tmp_path / "set" / "set.json").read_text())["source"] == "embeddings"
     np.save(tmp_path / "flat.npy", emb[0])
     assert "flat.npy has the shape (512,)" in error(2, *words, "--inquiry", tmp_path / "flat.npy", "--out", tmp_path / "other")
@@ -329,10 +411,10 @@ def test_set_of_embeddings(generator, tmp_path):
 def test_a_generated_set_is_checked_and_an_image_drawn_again(folder, generator, model, tmp_path):
     for form in ("folder", "records"):
         out = tmp_path / form
-        ok("generate", "--inquiry", folder, "--per-subject", 2, "--out", out, "--model", generator, "--steps", 2, "--oversample", 1, "--form", form, "--batch-size", 4)
+        ok("generate", "--inquiry", folder, "--per-subject", 2, "--out", out, "--generator", generator, "--steps", 2, "--oversample", 1, "--form", form, "--batch-size", 4)
         assert "is whole" in ok("set", "verify", out)
-        assert "the same file" in ok("set", "regenerate", out, "--image", "2/1", "--model", generator)
-    ok("set", "card", tmp_path / "folder", "--model", model)
+        assert "the same file" in ok("set", "regenerate", out, "--image", "2/1", "--generator", generator)
+    ok("set", "card", tmp_path / "folder", "--recogniser", model)
     assert (tmp_path / "folder" / "README.md").exists()
     (tmp_path / "folder" / "000002" / "0001.png").write_bytes(b"junk")
     said = run("set", "verify", tmp_path / "folder")
@@ -341,7 +423,7 @@ def test_a_generated_set_is_checked_and_an_image_drawn_again(folder, generator, 
 
 
 def test_two_processes_draw_what_one_draws(folder, generator, tmp_path, monkeypatch):
-    words = ("generate", "--inquiry", folder, "--per-subject", 3, "--model", generator, "--steps", 1, "--oversample", 1, "--batch-size", 4)
+    words = ("generate", "--inquiry", folder, "--per-subject", 3, "--generator", generator, "--steps", 1, "--oversample", 1, "--batch-size", 4)
     ok(*words, "--out", tmp_path / "one")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
@@ -354,7 +436,7 @@ def test_two_processes_draw_what_one_draws(folder, generator, tmp_path, monkeypa
 
 def test_generate_from_loose_images(folder, generator, tmp_path):
     out = tmp_path / "set"
-    said = ok("generate", "--inquiry", folder / "person 0", "--per-subject", 1, "--out", out, "--model", generator, "--steps", 1,
+    said = ok("generate", "--inquiry", folder / "person 0", "--per-subject", 1, "--out", out, "--generator", generator, "--steps", 1,
               "--subjects", 3, "--oversample", 0, "--m", "-0.5")
     assert "3 subjects of 1 images at m = -0.5" in said and len(list(out.rglob("*.png"))) == 3
 
@@ -380,7 +462,7 @@ def test_empty_folder(tmp_path):
 
 def test_generate_from_an_empty_folder(generator, tmp_path):
     (tmp_path / "none").mkdir()
-    assert str(tmp_path / "none") in error(2, "generate", "--inquiry", tmp_path / "none", "--out", tmp_path / "out", "--model", generator)
+    assert str(tmp_path / "none") in error(2, "generate", "--inquiry", tmp_path / "none", "--out", tmp_path / "out", "--generator", generator)
 
 
 def test_subject_with_one_image(model, tmp_path):
@@ -388,8 +470,8 @@ def test_subject_with_one_image(model, tmp_path):
     Image.new("RGB", (40, 40)).save((data / "alone.jpg"))
     (data / "alone").mkdir()
     (data / "alone.jpg").rename(data / "alone" / "0.jpg")
-    for words in (("train-recogniser", "--data", data, "--out", tmp_path / "a", *TINY), ("groups", "--data", data, "--model", model, "--out", tmp_path / "b"),
-                  ("verify", "--data", data, "--model", model)):
+    for words in (("train-recogniser", "--data", data, "--out", tmp_path / "a", *TINY), ("groups", "--data", data, "--recogniser", model, "--out", tmp_path / "b"),
+                  ("verify", "--data", data, "--recogniser", model)):
         assert "subject alone with 1 image" in error(2, *words, "--strict")
 
 
@@ -417,8 +499,8 @@ def test_unknown_world_and_profile(tmp_path):
 
 
 def test_missing_models(folder, tmp_path):
-    assert "train-recogniser" in error(2, "verify", "--model", tmp_path / "none")
-    assert "train-generator" in error(2, "generate", "--inquiry", folder, "--model", tmp_path, "--out", tmp_path / "out")
+    assert "train-recogniser" in error(2, "verify", "--recogniser", tmp_path / "none")
+    assert "train-generator" in error(2, "generate", "--inquiry", folder, "--generator", tmp_path, "--out", tmp_path / "out")
 
 
 def test_output_in_use(folder, tmp_path):

@@ -70,6 +70,7 @@ from test_recognition import slowly
 slowly(.15, out=sys.argv[1], save_seconds=0.)
 """
 
+@pytest.mark.slow
 def test_kill_and_resume_is_bit_identical(tmp_path):
     run = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), str(Path(__file__).parent)])
     try:
@@ -341,6 +342,7 @@ def processes(folder, world):
     finally: [run.kill() for run in runs]
     assert [run.returncode for run in runs] == [0] * world, results
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(tmp_path):
     processes(tmp_path, 2)
     two, one = load_recogniser(tmp_path), train(JOINT)

@@ -19,7 +19,7 @@ from cemiface.sets import layout as sets
 from cemiface.data.faceset import open_faces
 from cemiface.sets.stored import verify_set
 from cemiface.data.records import open_encoded
-from cemiface.sets.layout import PLANS, current_share, filled, image_counts, merge_set, open_set, set_batches, set_plan, set_rows, write_share
+from cemiface.sets.layout import PLANS, current_share, filled, image_counts, merge_set, start_share, set_batches, set_plan, set_rows, write_share
 from cemiface.sets.synthesis import generate_set
 from small import SIZE, content, inquiries, make
 
@@ -32,7 +32,7 @@ def colour(i, k): return torch.arange(3*16*16).view(3, 16, 16).mul(i+1).add(50*k
 
 def share(out, shard=(0, 1), **more): # a set without a generator
     config = CONFIG | more
-    open_set(out, config, shard, environment={"device": "test"}, licence={})
+    start_share(out, config, shard, environment={"device": "test"}, licence={})
     write_share(lambda cells: torch.stack([colour(*c) for c in cells]), lambda i: colour(i, 0), config, out, shard, progress=False)
 
 
@@ -155,7 +155,7 @@ def test_the_number_of_processes_may_change_on_the_way(tmp_path):
 
 def test_makers_of_different_kinds_are_all_named(tmp_path):
     for s, device in enumerate(("a", "b")):
-        open_set(tmp_path/"set", CONFIG, (s, 2), environment={"device": device}, licence={})
+        start_share(tmp_path/"set", CONFIG, (s, 2), environment={"device": device}, licence={})
         write_share(lambda cells: torch.stack([colour(*c) for c in cells]), lambda i: colour(i, 0), CONFIG, tmp_path/"set", (s, 2), progress=False)
     assert json.loads((merge_set(tmp_path/"set", progress=False)/"set.json").read_text())["environments"] == [{"device": "a"}, {"device": "b"}]
 
@@ -187,7 +187,7 @@ def test_an_error_of_a_writer_surfaces(tmp_path, monkeypatch):
     monkeypatch.setattr(sets, "write_whole", full)
     for form in ({}, {"form": "records"}):
         config = CONFIG | form | dict(per_subject=50)
-        open_set(tmp_path/str(len(form)), config, (0, 1), environment={})
+        start_share(tmp_path/str(len(form)), config, (0, 1), environment={})
         with pytest.raises(OSError, match="No space left"):
             write_share(lambda cells: drawn.append(1) or torch.stack([colour(*c) for c in cells]), lambda i: colour(i, 0), config, tmp_path/str(len(form)), (0, 1), progress=False)
     assert len(drawn) <= 2*2                                    # of 40 batches each: the next one at most
@@ -202,7 +202,7 @@ def test_a_batch_is_written_while_the_next_is_drawn(tmp_path, monkeypatch):
         return torch.stack([colour(*c) for c in cells])
     for form in ({}, {"form": "records"}):
         calls.clear(); second.clear()
-        open_set(tmp_path/f"set{len(form)}", CONFIG | form, (0, 1), environment={})
+        start_share(tmp_path/f"set{len(form)}", CONFIG | form, (0, 1), environment={})
         write_share(draw, lambda i: colour(i, 0), CONFIG | form, tmp_path/f"set{len(form)}", (0, 1), progress=False)
     assert len(waited) == 2*20 and all(waited)                   # had a batch been finished before the next was begun, it would have waited in vain
 

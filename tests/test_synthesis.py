@@ -22,7 +22,8 @@ from cemiface.data.faceset import FaceSet, open_faces
 from cemiface.generation.pipeline import untrained_pipeline
 from cemiface.data.images import list_folder, read_image
 from cemiface.sets.layout import image_file, image_seed
-from cemiface.sets.synthesis import contact_sheet, m_grid, model_hash, plot_m_grid, save_contact_sheet
+from cemiface.sets.pictures import contact_sheet, plot_m_grid, save_contact_sheet
+from cemiface.sets.synthesis import draw_m_grid, model_hash
 from cemiface.generation.diffusion import image_noise
 from small import SIZE, content, inquiries, make
 
@@ -202,11 +203,11 @@ def test_the_bar_is_one_and_can_be_silent(pipe, tmp_path, capsys):
 
 def test_m_grid_and_its_figure(pipe, tmp_path):
     faces, ms, seeds = inquiries(2).images, [1., 0., -1.], [4, 5]
-    grid = m_grid(pipe, faces, ms, seeds, steps=2)
+    grid = draw_m_grid(pipe, faces, ms, seeds, steps=2)
     assert grid.shape == (2, 3, 3, SIZE, SIZE) and grid.dtype == torch.uint8
-    alone = m_grid(pipe, faces[1], ms, seeds[1:], steps=2)[0]
+    alone = draw_m_grid(pipe, faces[1], ms, seeds[1:], steps=2)[0]
     assert (grid[1].int() - alone.int()).abs().max() <= 1  # another batch size may round another way
-    with pytest.raises(ValueError, match="2 inquiries for 3 seeds"): m_grid(pipe, faces, ms, [1, 2, 3], steps=2)
+    with pytest.raises(ValueError, match="2 inquiries for 3 seeds"): draw_m_grid(pipe, faces, ms, [1, 2, 3], steps=2)
     left, right = plot_m_grid(grid, faces, ms).axes
     assert [t.get_text() for t in left.get_xticklabels() + right.get_xticklabels()] == ["inquiry", "m = 1", "m = 0", "m = \N{MINUS SIGN}1"]
     assert torch.equal(read_image(save_contact_sheet(grid, tmp_path/"sheet.png")), contact_sheet(grid))

@@ -158,7 +158,7 @@ def class_cosines(emb:Tensor|np.ndarray, # [N,D], raw or normalised
 @figure_style()
 def plot_class_cosines(sets:dict, # name -> (cosines within subjects, cosines between subjects)
 ): # matplotlib figure
-    "Cosines within and between subjects, one panel a set."
+    "Cosines within and between subjects, one panel per set."
     fig, axes = plt.subplots(1, len(sets), figsize=(3.8 * len(sets), 3), sharex=True, sharey=True, squeeze=False)
     for ax, (name, (same, different)) in zip(axes[0], sets.items()): plot_cosines(same, different, ax, name)
     for ax in axes[0, 1:]: ax.set_ylabel("")
@@ -202,7 +202,7 @@ def side(grey:Tensor)->Tensor: # [...,H,W] -> [...], -1 to 1
 LOOKS = {"brightness": lambda grey: grey.mean((-2, -1)), "contrast": lambda grey: grey.flatten(-2).std(-1), "side of the light": side}
 
 def look_table(images:dict, # name -> uint8 [S,K,3,H,W]
-               )->pd.DataFrame: # a row a set: share of each look, and its standard error
+               )->pd.DataFrame: # a row per set: share of each look, and its standard error
     "How much of the look of an image its label tells. ValueError for a set with fewer than three subjects, or one image of each."
     rows = []
     for name, x in images.items():
@@ -214,7 +214,7 @@ def look_table(images:dict, # name -> uint8 [S,K,3,H,W]
 # %% ../../nbs/audit/01_similarity.ipynb #ef6d35c8
 @figure_style()
 def plot_looks(table:pd.DataFrame)->Figure: # of `look_table`
-    "A group of bars a look, a bar a set, with standard errors."
+    "A group of bars per look, a bar per set, with standard errors."
     fig, ax = plt.subplots(figsize=(6.4, 2.8))
     width = .8 / len(table)
     for i, (_, row) in enumerate(table.iterrows()):
@@ -239,19 +239,19 @@ def frechet_distance(
 def read_arrays(path:str|Path)->np.ndarray|dict: # the array of a .npy; mu and sigma of a .npz, float64
     "ValueError or OSError says what the file is instead."
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray): return found
-        with found: return {k: np.asarray(found[k], np.float64) for k in ("mu", "sigma") if k in found}
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray): return content
+        with content: return {k: np.asarray(content[k], np.float64) for k in ("mu", "sigma") if k in content}
     except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{path} holds no array of numbers ({e}): write features [N,D] with numpy.save") from e
 
 def read_moments(path:str|Path)->tuple[Tensor, Tensor]: # mean [D], covariance [D,D], float64
     "Moments of features: a .npy [N,D], or a .npz with mu and sigma. ValueError or OSError says what the file is instead."
-    found = read_arrays(path)
-    if isinstance(found, np.ndarray):
-        if found.ndim != 2 or len(found) < 2 or found.dtype.kind != "f": raise ValueError(f"{path} has the shape {found.shape} of {found.dtype}: give features [N,D], a row an image, at least two")
-        found = dict(mu=found.astype(np.float64).mean(0), sigma=np.cov(found.astype(np.float64), rowvar=False).reshape(found.shape[1], found.shape[1]))
-    if len(found) < 2: raise ValueError(f"{path} has no mu and sigma: write it with pytorch_fid --save-stats, or give features as .npy")
-    mu, sigma = (torch.as_tensor(found[k]) for k in ("mu", "sigma"))
+    arrays = read_arrays(path)
+    if isinstance(arrays, np.ndarray):
+        if arrays.ndim != 2 or len(arrays) < 2 or arrays.dtype.kind != "f": raise ValueError(f"{path} has the shape {arrays.shape} of {arrays.dtype}: give features [N,D], a row per image, at least two")
+        arrays = dict(mu=arrays.astype(np.float64).mean(0), sigma=np.cov(arrays.astype(np.float64), rowvar=False).reshape(arrays.shape[1], arrays.shape[1]))
+    if len(arrays) < 2: raise ValueError(f"{path} has no mu and sigma: write it with pytorch_fid --save-stats, or give features as .npy")
+    mu, sigma = (torch.as_tensor(arrays[k]) for k in ("mu", "sigma"))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.isfinite().all() and sigma.isfinite().all()): raise ValueError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit, or are not finite: compute them again")
     return mu, sigma
 

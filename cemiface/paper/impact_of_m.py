@@ -20,7 +20,7 @@ from .published import beside, published, trusted
 from ..core.report import Finding
 from .statistics import over_seeds, rank_agreement
 from ..study.results import result
-from ..sets.synthesis import plot_m_grid
+from ..sets.pictures import plot_m_grid
 from ..core.figures import figure_style, m_colours
 
 # %% ../../nbs/paper/04_impact_of_m.ipynb #815ff121

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HALF_MILLION', 'PLANS', 'set_plan', 'image_seed', 'image_file', 'image_counts', 'set_batches', 'filled', 'batch_rows',
            'set_rows', 'current_share', 'checksum', 'FolderStore', 'BatchStore', 'open_store', 'share_name', 'notes_of',
-           'open_set', 'finished', 'clean', 'write_share', 'share_lines', 'checked_images', 'manifest', 'merge_records',
-           'merge_set']
+           'start_share', 'finished', 'clean', 'write_share', 'share_lines', 'checked_images', 'manifest',
+           'merge_records', 'merge_set']
 
 # %% ../../nbs/sets/02_layout.ipynb #cada4af2
 import hashlib
@@ -139,10 +139,10 @@ class BatchStore:
         return [pool.submit(whole)] if rows else []
     def read(self, b:int, rows:list)->list[bytes]:
         try:
-            with open(self.path(b), "rb", buffering=0) as f: found = [read_payload(f, at, str(self.path(b)))[24:] for at in scan_records(f).tolist()]
+            with open(self.path(b), "rb", buffering=0) as f: images = [read_payload(f, at, str(self.path(b)))[24:] for at in scan_records(f).tolist()]
         except FileNotFoundError: raise FileNotFoundError(f"{self.path(b)} is gone: run its share again") from None
-        if len(found) != len(rows): raise ValueError(f"{self.path(b)} holds {len(found)} images instead of {len(rows)}: remove it and run its share again")
-        return found
+        if len(images) != len(rows): raise ValueError(f"{self.path(b)} holds {len(images)} images instead of {len(rows)}: remove it and run its share again")
+        return images
 
 def open_store(out:Path, config:dict): return BatchStore(out) if config.get("form") == "records" else FolderStore(out)
 
@@ -153,10 +153,10 @@ def notes_of(out:Path)->list[dict]: # config, environments, ...
     "What was noted about a set by its maker or makers."
     return [json.loads(path.read_bytes()) for path in [out/"set.json", *sorted((out/".shares").glob("*-of-*.json"))] if path.exists()]
 
-def open_set(out:Path, # the set's folder
-             config:dict, # decides what the images are
-             shard:tuple, # which share of how many
-             **notes, # recorded, not compared; `environment` is added to a list
+def start_share(out:Path, # the set's folder
+                config:dict, # decides what the images are
+                shard:tuple, # which share of how many
+                **notes, # recorded, not compared; `environment` is added to a list
             )->None:
     "Start a share of a set, or go on with it. ValueError if the folder holds something else or a set of another configuration."
     used = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
@@ -210,8 +210,8 @@ def write_share(draw_batch:Callable, # (subject, image) pairs to uint8 [B,3,S,S]
 # %% ../../nbs/sets/02_layout.ipynb #68943f8a
 def share_lines(out:Path)->Iterator[list]: # file, checksum; in the set's order
     "What the shares noted, of a division into shares that is complete. ValueError names those that are not."
-    found, started = (sorted(tuple(map(int, p.stem.split("-of-"))) for p in (out/".shares").glob(f"*-of-*.{kind}")) for kind in ("csv", "json"))
-    lacking = {n: [s for s in range(n) if (s, n) not in found] for n in {n for _, n in started}}
+    written, started = (sorted(tuple(map(int, p.stem.split("-of-"))) for p in (out/".shares").glob(f"*-of-*.{suffix}")) for suffix in ("csv", "json"))
+    lacking = {n: [s for s in range(n) if (s, n) not in written] for n in {n for _, n in started}}
     whole = [n for n, shares in lacking.items() if not shares]
     if not whole: raise ValueError(f"{out} is not complete: {'; '.join(f'of {n} shares {shares} are not finished' for n, shares in lacking.items()) or 'no share was started'}: run them, then merge")
     return (line.rsplit(",", 1) for s in range(whole[0]) for line in (out/".shares"/f"{share_name((s, whole[0]))}.csv").read_text().splitlines())
@@ -224,16 +224,16 @@ def checked_images(out:Path, config:dict, progress:bool)->Iterator[tuple]: # row
             jobs = [(b, batch_rows(config, counts, cells)) for b, cells in batches[start:start+16]]
             for (b, rows), images in zip(jobs, pool.map(lambda job: store.read(*job), jobs)):
                 for row, data in zip(rows, images):
-                    found = [row[0], checksum(data)]
-                    if (said := next(lines, ["nothing", ""])) != found:
+                    line = [row[0], checksum(data)]
+                    if (noted := next(lines, ["nothing", ""])) != line:
                         where = store.path(b) if config.get("form") == "records" else out/row[0]
-                        raise ValueError(f"{where}: {row[0]} is not what its share wrote ({said[0]} {said[1][:8]}, found {found[1][:8]}): remove {where.name} and run that share again")
-                    yield row, data, found[1]
+                        raise ValueError(f"{where}: {row[0]} is not what its share wrote ({noted[0]} {noted[1][:8]}, found {line[1][:8]}): remove {where.name} and run that share again")
+                    yield row, data, line[1]
             bar.update(sum(len(cells) for _, cells in batches[start:start+16]))
 
 # %% ../../nbs/sets/02_layout.ipynb #ddad90b2
 def manifest(config:dict, sums:list)->pd.DataFrame: # file, subject, k, seed, m, sampler, sha256
-    "One row an image: what made it, and the checksum of its file."
+    "One row per image: what made it, and the checksum of its file."
     m, seed, rows = config["m"] or [""], config["seed"], []
     for file, i, k in set_rows(config):
         rows.append((file, i, "", "", "", "inquiry") if isinstance(k, str) else (file, i, k, image_seed(seed, i, k), m[k % len(m)], config["sampler"]))
@@ -244,9 +244,9 @@ def merge_records(out:Path, config:dict, progress:bool)->list[str]: # checksums
     made, sums = out/".shares"/"set", []
     shutil.rmtree(made, ignore_errors=True)
     with RecordWriter(made, None, config["size"], resume=True) as writer:
-        for place, (row, data, found) in enumerate(checked_images(out, config, progress)):
+        for place, (row, data, digest) in enumerate(checked_images(out, config, progress)):
             if place >= writer.done: writer.add(data, row[1])
-            sums.append(found)
+            sums.append(digest)
     for path in sorted(made.iterdir()): os.replace(path, out/path.name)
     return sums
 
@@ -256,7 +256,7 @@ def merge_set(out:str|Path, progress:bool=True)->Path: # the folder
     if not (notes := notes_of(out)): raise ValueError(f"{out} holds no set, nor the beginning of one: start it with generate_set")
     config = notes[-1]["config"]
     if not (out/".shares").exists() and finished(out, config): return out
-    sums = merge_records(out, config, progress) if config.get("form") == "records" else [found for *_, found in checked_images(out, config, progress)]
+    sums = merge_records(out, config, progress) if config.get("form") == "records" else [digest for *_, digest in checked_images(out, config, progress)]
     makers = notes[:1] if (out/"manifest.csv").exists() else notes
     environments = list({json.dumps(e): e for note in makers for e in note["environments"]}.values())
     write_whole(out/"set.json", (json.dumps({**notes[-1], "config": config, "environments": environments}, indent=1) + "\n").encode())

@@ -4,30 +4,25 @@
 
 # %% auto #0
 __all__ = ['model_hash', 'embed_inquiries', 'inquiry_embeddings', 'environment', 'quiet', 'draw', 'image_runs', 'wanted_m',
-           'set_config', 'draw_cells', 'generate_set', 'm_grid', 'contact_sheet', 'save_contact_sheet', 'plot_m_grid',
-           'm_slider']
+           'set_config', 'draw_cells', 'generate_set', 'draw_m_grid']
 
 # %% ../../nbs/sets/03_synthesis.ipynb #6675d284
-import base64, hashlib, json, platform, zlib
+import hashlib, json, platform
 from typing import Literal
 from pathlib import Path
 from contextlib import contextmanager
 
 import diffusers
-from matplotlib.figure import Figure
-import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 import torch
 
 import cemiface
-from ..core.files import write_whole
 from ..data.faceset import FaceSet, to_float, to_uint8
-from ..data.images import encode_image
 from ..generation.conditioning import identity_embedding, similarity_factors
 from ..generation.diffusion import image_noise
 from ..generation.pipeline import CemiFacePipeline
-from .layout import finished, image_seed, merge_set, open_set, set_batches, write_share
+from .layout import finished, image_seed, merge_set, start_share, set_batches, write_share
 
 # %% ../../nbs/sets/03_synthesis.ipynb #a0c99357
 def model_hash(pipe:CemiFacePipeline)->str: # hex
@@ -48,7 +43,7 @@ def embed_inquiries(pipe:CemiFacePipeline, part:Tensor, batch_size:int)->Tensor:
     return identity_embedding(pipe.recogniser, **given).float().cpu()[:len(part)]
 
 def inquiry_embeddings(pipe:CemiFacePipeline,
-                       inquiries:FaceSet|Tensor, # one image a subject; or embeddings [N,D]
+                       inquiries:FaceSet|Tensor, # one image per subject; or embeddings [N,D]
                        batch_size:int=64,
                        only:range|None=None, # the subjects whose embeddings are wanted, the others' stay 0; None: all
                       )->tuple[Tensor, str]: # [N,D], length 1; hash of the inquiries
@@ -132,7 +127,7 @@ def draw_cells(pipe:CemiFacePipeline, emb:Tensor, config:dict, cells:list)->Tens
 
 # %% ../../nbs/sets/03_synthesis.ipynb #5e7a11ed
 def generate_set(pipe:CemiFacePipeline,
-                 inquiries:FaceSet|Tensor, # one image a subject; or embeddings [N,D]
+                 inquiries:FaceSet|Tensor, # one image per subject; or embeddings [N,D]
                  m:float|list|None, # similarity factor; of several, image k gets number k mod their count; None with a `DCFacePipeline`, which has none
                  per_subject:int|list, # images to draw of each subject; or runs of (subjects, images), as of `set_plan`
                  out:str|Path, # the set's folder: new, empty, or an unfinished set of this configuration
@@ -149,78 +144,24 @@ def generate_set(pipe:CemiFacePipeline,
     "Algorithm 2: a labelled set on disk, label = index of the inquiry. Called again, goes on where it stopped. ValueError for bad settings, OSError if the folder cannot be written."
     out, config = Path(out), set_config(pipe, inquiries, m, per_subject, seed, batch_size, steps, oversample, form, ext)
     cells = [cell for _, batch in set_batches(config, shard) for cell in batch]
-    emb, found = inquiry_embeddings(pipe, inquiries, config["batch_size"], range(cells[0][0], cells[-1][0]+1) if cells else range(0))
-    config |= dict(model=model_hash(pipe), inquiries=found)
-    stated = {"inquiries": "not stated", "generator": "not stated", "images": "not stated", **(licence or {})}
+    emb, inquiry_hash = inquiry_embeddings(pipe, inquiries, config["batch_size"], range(cells[0][0], cells[-1][0]+1) if cells else range(0))
+    config |= dict(model=model_hash(pipe), inquiries=inquiry_hash)
+    licences = {"inquiries": "not stated", "generator": "not stated", "images": "not stated", **(licence or {})}
     names = [] if isinstance(inquiries, Tensor) else [inquiries.subjects[j] for j in inquiries.labels.tolist()]
-    open_set(out, config, shard, licence=stated, environment=environment(pipe), source="embeddings" if isinstance(inquiries, Tensor) else inquiries.name, label=f"{'number of the folder' if form == 'folder' else 'label of the record'} = index of the inquiry", names=names)
+    start_share(out, config, shard, licence=licences, environment=environment(pipe), source="embeddings" if isinstance(inquiries, Tensor) else inquiries.name, label=f"{'number of the folder' if form == 'folder' else 'label of the record'} = index of the inquiry", names=names)
     if finished(out, config): return out
     write_share(lambda cells: draw_cells(pipe, emb, config, cells), lambda i: inquiries.images[torch.tensor([i])][0], config, out, shard, progress)
     return out if shard[1] > 1 else merge_set(out, progress=False)
 
 # %% ../../nbs/sets/03_synthesis.ipynb #8bc1871c
-def m_grid(pipe:CemiFacePipeline,
-           inquiries:Tensor, # uint8 [3,S,S] for all rows, or [R,3,S,S]: one a row
-           ms:list, # similarity factors, one a column
-           seeds:list, # one a row
-           steps:int=20,
-          )->Tensor: # uint8 [R,C,3,S,S]
-    "Faces of one inquiry a row, with the row's noise, at each m (Figure 5). ValueError as the pipeline."
+def draw_m_grid(pipe:CemiFacePipeline,
+                inquiries:Tensor, # uint8 [3,S,S] for all rows, or [R,3,S,S]: one per row
+                ms:list, # similarity factors, one per column
+                seeds:list, # one per row
+                steps:int=20,
+               )->Tensor: # uint8 [R,C,3,S,S]
+    "Faces of one inquiry per row, with the row's noise, at each m (Figure 5). ValueError as the pipeline."
     x = to_float(inquiries if inquiries.ndim == 4 else inquiries.expand(len(seeds), -1, -1, -1))
-    if len(x) != len(seeds): raise ValueError(f"{len(x)} inquiries for {len(seeds)} seeds: give one inquiry, or one a seed")
+    if len(x) != len(seeds): raise ValueError(f"{len(x)} inquiries for {len(seeds)} seeds: give one inquiry, or one per seed")
     emb = identity_embedding(pipe.recogniser, x, None)
     return torch.stack([draw(pipe, e.expand(len(ms), -1), list(ms), [seed]*len(ms), steps) for e, seed in zip(emb, seeds)])
-
-# %% ../../nbs/sets/03_synthesis.ipynb #f89c1d5c
-def contact_sheet(images:Tensor, # uint8 [R,C,3,S,S]
-                  gap:int=2, # white pixels between images
-                 )->Tensor: # uint8 [3,H,W]
-    "Images side by side."
-    padded = torch.nn.functional.pad(images, (0, gap, 0, gap), value=255)
-    return padded.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[:, :-gap or None, :-gap or None]
-
-def save_contact_sheet(images:Tensor, # uint8 [R,C,3,S,S]
-                       path:str|Path, # a png file
-                       gap:int=2,
-                      )->Path: # the path
-    "Write a contact sheet, each pixel as it is."
-    return write_whole(path, encode_image(contact_sheet(images, gap)))
-
-# %% ../../nbs/sets/03_synthesis.ipynb #3134400b
-def plot_m_grid(images:Tensor, # uint8 [R,C,3,S,S] from `m_grid`
-                inquiries:Tensor, # uint8 [3,S,S] or [R,3,S,S]
-                ms:list, # the columns' similarity factors
-                width:float=8., # inches
-               )->Figure:
-    "Figure 5: the inquiry face first, then its row of faces as m falls."
-    R, C, _, S, _ = images.shape
-    first = (inquiries if inquiries.ndim == 4 else inquiries.expand(R, -1, -1, -1))[:, None]
-    fig, axes = plt.subplots(1, 2, figsize=(width, width*R/(C + 1.4)), width_ratios=(1, C), layout="constrained")
-    for ax, x in zip(axes, (first, images)):
-        ax.imshow(contact_sheet(x).permute(1, 2, 0).numpy(), interpolation="nearest")
-        ax.xaxis.tick_top(); ax.tick_params(length=0); ax.spines[:].set_visible(False); ax.set_yticks([])
-        centres = [i*(S + 2) + S/2 for i in range(x.shape[1])]
-        ax.set_xticks(centres, ["inquiry"] if x is first else [f"m = {m:g}".replace("-", "\N{MINUS SIGN}") for m in ms])
-    plt.close(fig)
-    return fig
-
-# %% ../../nbs/sets/03_synthesis.ipynb #0265a9a9
-def m_slider(images:Tensor, # uint8 [R,C,3,S,S] from `m_grid`
-             inquiries:Tensor, # uint8 [3,S,S] or [R,3,S,S]
-             ms:list, # the columns' similarity factors
-             achieved:Tensor, # [R,C] cosines to the inquiry
-             side:int=112, # pixels of a face on the page
-            )->str: # HTML that stands alone
-    "A slider over m: each row's inquiry, and its image at that m with the cosine achieved. ValueError if the columns differ in number."
-    R, C = images.shape[:2]
-    if not C == len(ms) == achieved.shape[1]: raise ValueError(f"{C} columns of images, {len(ms)} values of m, {achieved.shape[1]} columns of cosines: give one each")
-    first, start = (inquiries if inquiries.ndim == 4 else inquiries.expand(R, -1, -1, -1))[:, None], min(range(C), key=lambda j: abs(ms[j]))
-    sheet = base64.b64encode(encode_image(contact_sheet(torch.cat([first, images], 1), gap=0))).decode()
-    name = f"m{zlib.crc32(sheet.encode()):x}" # so that two sliders on a page keep their own sheets
-    face = lambda row, column, kind: f'<div class="face {kind}" style="background-position:{-column * side}px {-row * side}px"></div>'
-    rows = "".join(f'<div>{face(r, 0, "inquiry")}{face(r, start + 1, "drawn")}<small data-cos="{" ".join(f"{c:.2f}" for c in achieved[r].tolist())}">cosine {achieved[r, start]:.2f}</small></div>' for r in range(R))
-    moved = (f"const b=this.closest('.{name}'),j=+this.value;b.querySelector('b').textContent={[f'{m:g}' for m in ms]}[j];"
-             f"b.querySelectorAll('.drawn').forEach(d=>d.style.backgroundPositionX=-(j+1)*{side}+'px');b.querySelectorAll('small').forEach(s=>s.textContent='cosine '+s.dataset.cos.split(' ')[j])")
-    return (f'<div class="{name}"><style>.{name} .face{{width:{side}px;height:{side}px;image-rendering:pixelated;background:url(data:image/png;base64,{sheet}) 0 0/{(C + 1) * side}px}}</style>'
-            f'<label>m = <b>{ms[start]:g}</b> <input type="range" min="0" max="{C - 1}" value="{start}" style="width:20em;vertical-align:middle" oninput="{moved}"></label>'
-            f'<div style="display:flex;gap:8px;margin-top:6px">{rows}</div></div>')

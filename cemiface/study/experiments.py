@@ -12,7 +12,6 @@ from typing import Literal, Optional
 from pathlib import Path
 from functools import lru_cache
 
-import numpy as np
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -29,9 +28,8 @@ from ..recognition.verification import evaluate
 from ..generation.pipeline import place
 from ..sets.inquiries import select_inquiries
 from ..sets.layout import current_share, image_seed
-from ..sets.stored import read_set
+from ..sets.stored import open_set
 from ..sets.synthesis import draw, generate_set
-from ..audit.card import SetImages
 from .models import Baseline, Generator, TrainedRecogniser
 from .tasks import Benchmarks, shows_bars, Task, WorldFaces
 from .user_files import first_of_each, open_images, stored_faces
@@ -252,9 +250,8 @@ class Embedded(Task):
     def images(self)->tuple: # images; their subjects, int64 [N]
         if self.faces: return (faces := self.faces.load()).images, faces.labels
         self.generated.run()
-        _, table, store = read_set(self.generated.set_folder)
-        rows = np.flatnonzero(table.sampler != "inquiry")
-        return SetImages(store, rows), torch.tensor(table.subject[rows].astype(int).to_numpy())
+        drawn = open_set(self.generated.set_folder).drawn
+        return drawn.images, drawn.labels
 
     def make(self):
         images, labels = self.images()
