@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cemiface.audit.similarity import (BUCKETS, LOOKS, achieved_similarity, class_cosines, control_curve, draw_pairs, first_rows, frechet_distance, frechet_of_moments,
                             label_share, look_table, plot_class_cosines, plot_control, plot_tsne, read_moments, share_error, tsne_points)
-from cemiface.audit.page import PARTS, Audit, findings_of, finite_embeddings
+from cemiface.audit.page import PARTS, Audit, audit_findings, finite_embeddings
 from cemiface.cli.app import app
 from cemiface.data.faceset import FaceSet, open_faces
 from cemiface.generation.shipped import shipped_models
@@ -429,7 +429,7 @@ def test_degenerate_sets_get_a_page():
     def noise(counts, name): return FaceSet(torch.randint(256, (sum(counts), 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), [str(i) for i in range(len(counts))], name)
     for ours, theirs in (([1], [1]), ([3], [2, 2]), ([1, 1], [1, 1, 1]), ([2, 5], [4])):
         a, b = noise(ours, "a"), noise(theirs, "b")
-        found = findings_of(Audit(a, torch.randn(len(a), 8, generator=g), b, torch.randn(len(b), 8, generator=g)))
+        found = audit_findings(Audit(a, torch.randn(len(a), 8, generator=g), b, torch.randn(len(b), 8, generator=g)))
         assert list(found) == list(PARTS) and isinstance(found["similarity"], str)
         assert isinstance(found["leakage"], str) == (len(theirs) < 2)
         if len(theirs) > 1: assert found["leakage"].text.startswith("Too few to tell")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'finite_embeddings', 'Audit', 'embed_audit', 'rows_of', 'plot_face_rows', 'faces_part', 'plot_achieved',
            'similarity_part', 'cosines_part', 'tsne_part', 'variety_part', 'frechet_part', 'leakage_part',
-           'nearest_table', 'offenders_part', 'inquiry_part', 'identity_part', 'findings_of', 'summary_of',
+           'nearest_table', 'offenders_part', 'inquiry_part', 'identity_part', 'audit_findings', 'summary_of',
            'write_audit']
 
 # %% ../../nbs/audit/04_page.ipynb #5cd02bce
@@ -265,7 +265,7 @@ PARTS = {"faces": ("The set", faces_part), "similarity": ("Achieved similarity: 
          "offenders": ("Nearest people, in pictures", offenders_part), "inquiries": ("Other inquiries: the nearest of them", inquiry_part), "identity": ("True identity: rendered worlds only", identity_part),
          "cosines": ("Separation: cosines within and between subjects", cosines_part), "variety": ("Variety: what a label tells of the light", variety_part), "tsne": ("t-SNE: Figure 7", tsne_part), "frechet": ("Fréchet distance: as in Table 12", frechet_part)}
 
-def findings_of(a:Audit)->dict[str, "Finding|str"]:
+def audit_findings(a:Audit)->dict[str, "Finding|str"]:
     "Every part; what cannot be made says why."
     findings = {}
     for name, (_, part) in PARTS.items():
@@ -279,7 +279,7 @@ def summary_of(findings:dict)->str:
 
 def write_audit(a:Audit, out:str|Path, recogniser:str)->dict[str, "Finding|str"]: # by part
     "Write tables, figures and index.html, the page last. OSError if that fails."
-    out, findings = Path(out), findings_of(a)
+    out, findings = Path(out), audit_findings(a)
     for name, f in findings.items():
         if isinstance(f, Finding): write_finding(out, name, f)
         if getattr(f, "figure", None) is not None: plt.close(f.figure)
