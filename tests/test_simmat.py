@@ -48,7 +48,7 @@ CHILD = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    import test_simmat as t, cemiface.generation.simmat as simmat
+    import test_simmat as t, cemiface.generation.training as simmat
     plain, calls = simmat.draw_step, iter(range(100))
     def kill_at_8(*a):
         if next(calls) == 8: os.kill(os.getpid(), signal.SIGKILL)
