@@ -51,7 +51,8 @@ def faults(site:Path=ROOT / "_proc")->list[str]:
     titles = {p: front_matter(p) for p in pages}
     urls = {p.relative_to(site).with_name(titles[p].get("output-file", f"{p.stem}.html")).as_posix(): p for p in pages}
     found = [f"two pages are called {t!r}" for t, n in Counter(str(o.get("title")) for o in titles.values()).items() if n > 1]
-    if not str(config["format"]["html"].get("from", "")).endswith("-smart"): found.append("_quarto.yml: --profile would be typeset as a dash")
+    html = config["format"]["html"]
+    if not (isinstance(html, dict) and html.get("from", "").endswith("-smart")): found.append("_quarto.yml: --profile would be typeset as a dash")
     several = {n: m for n, m in homes().items() if len(m) > 1}
     for page in pages:
         name = page.relative_to(site).as_posix()

@@ -360,6 +360,7 @@ def test_import_takes_over_nothing_that_lies_in_the_folder(small, left, tmp_path
 
 
 @pytest.mark.parametrize("shortcut,se,normalise", [("conv", False, False), ("pool", True, True)])
+@pytest.mark.slow
 def test_onnx_gives_the_same(shortcut, se, normalise, tmp_path, capfd):
     onnxruntime = pytest.importorskip("onnxruntime")
     net = IResNet(18, se=se, size=32, width=16, emb_dim=32, dropout=.4, shortcut=shortcut)

@@ -310,6 +310,7 @@ def test_align(tmp_path):
     assert run("data", "align", tmp_path / "photos", tmp_path / "faces").exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_public_checkpoint_is_imported_verified_and_exported(bins, tmp_path):
     net = trained(AdaFaceNet(18, w=4, d=16, side=2))
     torch.save({"state_dict": {f"model.{k}": v for k, v in net.state_dict().items()} | {"head.kernel": torch.randn(16, 4)}}, tmp_path / "ada.ckpt")

@@ -35,7 +35,6 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a job does not fi
 LOCAL = Cluster(kind="local")
 SIMMAT = changed(PROFILES["smoke"].simmat, steps=6, batch_size=8)
 PROFILE = changed(PROFILES["smoke"], simmat=SIMMAT, steps=2)
-pytestmark = pytest.mark.slow
 
 
 class Task:
@@ -49,6 +48,9 @@ def answers(cluster, out, **calls):
     said = []
     with Jobs(cluster, len(calls), out, said.append) as pool: waiting = {k: pool.submit(None, Task(k, run)) for k, run in calls.items()}
     return {k: v.result()[1] for k, v in waiting.items()}, said
+
+
+pytestmark = pytest.mark.slow
 
 
 # --- options

@@ -15,8 +15,9 @@ from cemiface.data.faceset import open_faces
 from cemiface.study.profiles import PROFILES
 from cemiface.study.study import Study
 from cemiface.study.tasks import in_order
-from cemiface.paper.methods import METHODS, ROWS, VOLUMES, answer, distances, subject_means, volume_runs, volume_training
+from cemiface.paper.methods import METHODS, ROWS, VOLUMES, distances, subject_means, volume_runs, volume_training
 from cemiface.paper.published import published
+from cemiface.paper.statistics import agreement
 from cemiface.recognition.training import embed
 from cemiface.study.results import RESULTS
 from cemiface.core.report import Finding
@@ -148,8 +149,8 @@ def test_subject_means_equal_a_loop(labels, seed):
 
 
 @given(st.floats(-9, 9), st.floats(0, 9), st.sampled_from([-1., 2.]))
-def test_an_answer_turns_with_the_published_sign(gap, spread, there):
+def test_an_agreement_turns_with_the_published_sign(gap, spread, there):
     turned = {"agrees with the paper": "differs from the paper", "differs from the paper": "agrees with the paper"}
-    said = answer(gap, spread, there)
-    assert answer(-gap, spread, there) == answer(gap, spread, -there) == turned.get(said, said)
+    said = agreement(gap, spread, there)
+    assert agreement(-gap, spread, there) == agreement(gap, spread, -there) == turned.get(said, said)
     assert (said == "is not separable at this size") == (abs(gap) <= spread)

@@ -112,6 +112,8 @@ def doubled(n:int)->bytes: # a tuple of tuples of ..., 2**n deep, in 4n bytes
     b"", b".", b"\x80", b"0.", b"N.", b"\x80\x02N.", b"((.", b"\x94.", b"e.", b"a.", b"t.", b"\x85.", b"R.", b"b.", b"h\x01.", b"\x80\x04\x93.",
     b"\x8e" + b"\xff" * 8 + b".", b"\x96" + b"\xff" * 7 + b"\x0f.", b"\x95" + b"\xff" * 8, b"T\xff\xff\xff\xff.", b"\x8b\xff\xff\xff\x7f.", b"r\xff\xff\xff\xff.",   # lengths that lie
     b"](" + b"N" * 50 + b"e" + b"r\xff\xff\xff\xff.",                                   # a memo of four thousand million places
+    b"Nr\xff\xff\xff\x07.",                                                             # a place that Python's own unpickler makes 2 GiB for
+    b"}" + doubled(60) + b"Ns.", doubled(60) + b"\x8f(h\x3b\x90.",                      # a key and a member that take 2**60 steps to hash
     b"I" + b"9" * 10**5 + b"\n.", b"L" + b"9" * 10**5 + b"L\n.", b"F1e999\n.",
     doubled(60) + b".", doubled(60) + b"}\x94h\x01h\x01s.", b"cnumpy\ndtype\n" + doubled(60) + b"\x85R.",                 # exponential to hash or print
     doubled(60) + doubled(9) + b"\x93.", b"cnumpy\ndtype\n(S'O'\ntR.", b"cnumpy\ndtype\n(S'u1'\ntR(I3\nS'>'\ntb.",

@@ -2,8 +2,10 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -17,7 +19,8 @@ import cemiface
 from cemiface.recognition.backbones import IResNet
 from cemiface.generation.conditioning import GENERATORS, Conditioner
 from cemiface.data.faceset import to_float, to_uint8
-from cemiface.generation.pipeline import MARK, CemiFacePipeline, calibrated_m, standalone, untrained_pipeline
+from cemiface.generation.pipeline import MARK, CemiFacePipeline, calibrated_m, untrained_pipeline
+from cemiface.generation.standalone import standalone
 from cemiface.generation.calibration import calibrate, sample_embeddings
 from cemiface.generation.diffusion import ddim_scheduler
 from cemiface.generation.conditioning import identity_embedding
@@ -315,6 +318,29 @@ def test_folders_of_before_still_load(pipe, given, tmp_path):
     again.set_progress_bar_config(disable=True)
     assert torch.equal(draw(again, given), draw(pipe, given))
     with pytest.raises(ValueError, match="not calibrated"): again(given["inquiries"], similarity=.3)
+
+
+# "cemiface" is what every version wrote; the modules of then stand where a part was set after the pipeline was made
+@pytest.mark.parametrize("modules", [{}, {"recogniser": "cemiface.backbones", "conditioner": "cemiface.conditioning"},
+                                     {"recogniser": "cemiface.pipeline", "conditioner": "cemiface.pipeline"}])
+def test_a_copy_of_the_shipped_folder_loads_and_draws(tmp_path, modules):
+    folder = tmp_path/"generator"
+    shutil.copytree(Path(cemiface.__file__).parent/"weights"/"generator", folder)
+    index = json.loads((folder/"model_index.json").read_text())
+    assert index["_class_name"] == "CemiFacePipeline"
+    assert [index["conditioner"], index["recogniser"]] == [["cemiface", "Conditioner"], ["cemiface", "IResNet"]]
+    for part, module in modules.items(): index[part][0] = module
+    (folder/"model_index.json").write_text(json.dumps(index))
+    pipe = CemiFacePipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.conditioner) is Conditioner and type(pipe.recogniser) is IResNet
+    draw_two = lambda p: p(embeddings=torch.eye(2, p.recogniser.config.emb_dim), m=[-1., 1.], num_inference_steps=2,
+                           generator=torch.Generator().manual_seed(0), output_type="pt").images
+    shipped = shipped_pipeline()
+    shipped.set_progress_bar_config(disable=True)
+    assert torch.equal(draw_two(pipe), draw_two(shipped))
+    pipe.save_pretrained(tmp_path/"again")
+    assert json.loads((tmp_path/"again"/"model_index.json").read_text())["recogniser"] == ["cemiface", "IResNet"]
 
 
 def test_a_part_set_later_is_recorded_like_one_given(pipe, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import check_site
 import cemiface
 import pages
 from cemiface._docs import plain_code
@@ -169,6 +170,26 @@ def test_commands_page_names_every_command(made):
     text = "".join(json.loads(made[ROOT / "nbs/commands.ipynb"])["cells"][1]["outputs"][0]["data"]["text/markdown"])
     assert re.findall(r"^## (.+)$", text, re.M) == [" ".join(o) for o in walk(typer.main.get_command(app), ["cemiface"])]
     assert text.count("Usage: cemiface") == text.count("## cemiface")
+
+
+@pytest.mark.parametrize("heading,anchor", [("3.1 The `m` grid: a $x$ test", "the-m-grid-a-x-test"), ("Samples.load", "samples.load"), ("Does it *hold*?", "does-it-hold"),
+                                            ("Figure 2: what [it](x.ipynb) is", "figure-2-what-it-is"), ("m_grid", "m_grid")])
+def test_anchors_are_pandocs(heading, anchor): assert check_site.slug(heading) == anchor
+
+
+def test_faults_of_a_site_are_named(tmp_path):
+    url, front = "https://x.y/z", lambda title, page: f"---\noutput-file: {page}.html\ntitle: {title}\n---\n"
+    page = lambda name, *texts: (tmp_path / name).write_text(json.dumps(dict(cells=[dict(cell_type="markdown", source=t) for t in texts])))
+    (tmp_path / "nbdev.yml").write_text(f"website: {{site-url: {url}}}")
+    (tmp_path / "_quarto.yml").write_text("format: {html: {from: markdown-smart}}")
+    page("01_a.ipynb", front("A", "a"), f"# Part\n\n[x](02_b.ipynb#there) [`f`]({url}/b.html#there) [y](#part) [z](https://else.where)")
+    page("02_b.ipynb", front("B", "b"), "## There")
+    assert check_site.faults(tmp_path) == []
+    page("02_b.ipynb", front("A", "b"), f"## Here\n\n[q](03_c.ipynb)\n\n```python\n# [`f`]({url}/a.html#f)\n```")
+    (tmp_path / "_quarto.yml").write_text("format: {html: default}")
+    found = "\n".join(check_site.faults(tmp_path))
+    for fault in ("two pages are called 'A'", "typeset as a dash", "01_a.ipynb: no such heading: 02_b.ipynb#there", f"no such heading: {url}/b.html#there",
+                  "02_b.ipynb: nothing is at 03_c.ipynb", "02_b.ipynb: a link in code"): assert fault in found
 
 
 def test_code_blocks_on_the_site_are_plain():

@@ -18,7 +18,7 @@ from cemiface.data.faceset import FaceSet
 from cemiface.data.faceset import to_float as recognition_to_float
 from cemiface.recognition.margins import MARGINS
 from cemiface.recognition.groups import class_centres
-from cemiface.recognition.training import (RECIPES, RecogniserConfig, check_same_start, embed, fresh_accelerator, load_recogniser, load_state, save_recogniser,
+from cemiface.recognition.training import (RECIPES, RecogniserConfig, check_same_start, embed, fresh_accelerator, load_recogniser, load_recogniser_state, save_recogniser,
                                   train_recogniser)
 
 SMALL = RecogniserConfig(backbone="ir18", size=16, width=4, emb_dim=16, epochs=2, batch_size=16, lr=.05)
@@ -70,6 +70,7 @@ from test_recognition import slowly
 slowly(.15, out=sys.argv[1], save_seconds=0.)
 """
 
+@pytest.mark.slow
 def test_kill_and_resume_is_bit_identical(tmp_path):
     run = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), str(Path(__file__).parent)])
     try:
@@ -127,7 +128,7 @@ class Payload:
 def test_a_hostile_state_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"run": Payload()}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="state.pt is damaged"): load_state(tmp_path / "state.pt", {})
+    with pytest.raises(ValueError, match="state.pt is damaged"): load_recogniser_state(tmp_path / "state.pt", {})
     assert not (tmp_path / "hacked").exists()
 
 
@@ -341,6 +342,7 @@ def processes(folder, world):
     finally: [run.kill() for run in runs]
     assert [run.returncode for run in runs] == [0] * world, results
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(tmp_path):
     processes(tmp_path, 2)
     two, one = load_recogniser(tmp_path), train(JOINT)

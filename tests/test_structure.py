@@ -10,8 +10,8 @@ from cemiface.recognition.backbones import backbone
 from cemiface.generation.conditioning import GENERATORS, face_conditioner, face_unet
 from cemiface.study.profiles import PROFILES
 from cemiface.study.study import Study
-from cemiface.paper.structure import draw_structure, levels, module_table, structure, watched
-from cemiface.paper.training import MS, NETWORKS
+from cemiface.paper.structure import draw_structure, levels, module_table, structure, trace_shapes
+from cemiface.paper.training import DYNAMICS_MS, NETWORKS
 from cemiface.generation.shipped import shipped_pipeline
 from cemiface.paper.published import published
 from cemiface.core.report import Finding
@@ -63,7 +63,7 @@ def test_small_numbers_by_hand():
 def test_the_figure_says_the_tables_numbers():
     s = structure(SMOKE)
     said = words(draw_structure(s))
-    for name in ("E_id", "F1", "F2", "UNet", "time MLP"): assert s.said(name) in said
+    for name in ("E_id", "F1", "F2", "UNet", "time MLP"): assert s.count_text(name) in said
     for row in levels(s).itertuples(): assert f"{row.width}\n{row.size}²" in said
     assert "40 steps of 16 images" in said and "DDIM, 4 steps" in said and "from 999 to 249" in said and "101 values" in said and "[4, 32]" in said
 
@@ -72,14 +72,16 @@ def test_another_configuration_another_figure(monkeypatch):
     before = structure(SMOKE)
     said = words(draw_structure(before))
     s = with_generator(monkeypatch, block_out_channels=(16, 32, 48), layers_per_block=(1, 2, 1), attention=(False, False, True), tokens=2)
-    changed = words(draw_structure(s))
-    assert s.count("UNet") != before.count("UNet") and s.said("UNet") in changed and s.said("UNet") not in said
-    assert "48\n4²" in changed and "48\n4²" not in said and "[2, 32]" in changed
+    other = words(draw_structure(s))
+    assert s.count("UNet") != before.count("UNet") and s.count_text("UNet") in other and s.count_text("UNet") not in said
+    assert "48\n4²" in other and "48\n4²" not in said and "[2, 32]" in other
     assert levels(s).set_index("level").loc["up 2", ["size", "blocks", "heads"]].tolist() == [8, 3, 0]
     simmat = changed(SMOKE.simmat, lambda_simmat=.5, prediction="epsilon", interval=None, similarity="euclidean", T=50)
     other = words(draw_structure(structure(changed(SMOKE, simmat=simmat, steps=1, teacher=changed(SMOKE.teacher, backbone="irse18")))))
     assert "+ 0.5\\,L" in other and "0.05" not in other and "continuous" in other and "v'" not in other and "t / 50" in other and "dist" in other
     assert "irse18" in other and "from 49 to 49" in other
+    of_image = words(draw_structure(structure(SMOKE.model_copy(update=dict(simmat=SMOKE.simmat.model_copy(update=dict(identity="image")))))))
+    assert "all images of $x$'s subject" in said and "all images" not in of_image and of_image.count("(Eq. 5)") == 2 and said.count("(Eq. 5)") == 1
 
 
 def test_the_laptop_figure_is_of_the_weights_in_the_package():
@@ -91,7 +93,7 @@ def test_the_laptop_figure_is_of_the_weights_in_the_package():
 def test_nothing_is_left_on_the_networks():
     s = structure(SMOKE)
     assert not any(m._forward_hooks for m in s.modules.values())
-    with pytest.raises(RuntimeError): watched(dict(net=s.modules["F1"]), lambda: s.modules["F1"](torch.zeros(2, 3)))
+    with pytest.raises(RuntimeError): trace_shapes(dict(net=s.modules["F1"]), lambda: s.modules["F1"](torch.zeros(2, 3)))
     assert not s.modules["F1"]._forward_hooks  # not after a failure either
 
 
@@ -109,7 +111,7 @@ def test_results_at_the_smallest_size(made):
     table10, dynamics = found["table10"].table, found["dynamics"].table
     assert table10.backbone.tolist() == published("table10").backbone.tolist() == list(NETWORKS) and table10.AVG_sd.notna().all()
     for name, n in zip(NETWORKS.values(), table10.parameters): assert n == sum(p.numel() for p in backbone(name, 16, SMOKE.student.width).parameters())
-    assert dynamics.m.tolist() == list(MS) and dynamics["epochs_to_best_AVG published"].tolist()[:2] == [10, 38] and (dynamics.best_AVG >= dynamics.last_AVG).all()
+    assert dynamics.m.tolist() == list(DYNAMICS_MS) and dynamics["epochs_to_best_AVG published"].tolist()[:2] == [10, 38] and (dynamics.best_AVG >= dynamics.last_AVG).all()
     assert (out / "smoke" / "figures" / "figure3.png").exists() and "Not made" not in (out / "smoke" / "index.html").read_text()
     assert "nan" not in " ".join(found[n].text for n in RESULTS)
 
@@ -126,7 +128,9 @@ def test_a_followed_training_ends_as_one_that_is_not(made):
 def test_one_seed_has_no_spread(made):
     out, _, study = made
     one = reproduce(study.profile, ["table10", "dynamics"], out, seeds=1, say=lambda line: None, progress=False)
-    assert "not separable with 1 seed;" in one["table10"].text and one["table10"].table.AVG_sd.isna().all() and "nan" not in one["dynamics"].text
+    texts = [one[n].text for n in ("table10", "dynamics")]
+    assert "unknown with one seed" in texts[0] and texts[0].count("has no spread to be judged by") == 2 and "one seed: no verdict" in texts[1]
+    assert one["table10"].table.AVG_sd.isna().all() and "nan" not in " ".join(texts)
 
 
 def test_figure3_needs_no_task(tmp_path):

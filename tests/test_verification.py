@@ -15,7 +15,7 @@ from sklearn.model_selection import KFold
 from cemiface.data.images import encode_image
 from cemiface.data.pairs import pair_set
 from cemiface.core.figures import figure_style
-from cemiface.recognition.verification import _accept_counts, _far_thresholds, _fold_index, bootstrap_ci, check_sets, evaluate, over_seeds, pair_distances, plot_verification, reference_verification, results_table, verify, verify_distances, verify_sets
+from cemiface.recognition.verification import _accept_counts, _far_thresholds, _fold_index, bootstrap_ci, check_sets, evaluate, table_over_seeds, pair_distances, plot_verification, reference_verification, results_table, verify, verify_distances, verify_sets
 from cemiface.bench.recognition import bench_verification
 
 
@@ -255,17 +255,17 @@ def test_the_interval_of_the_average_is_that_of_independent_sets():
 
 def test_over_seeds_is_the_t_interval():
     tables = [pd.DataFrame({"accuracy": [a, b], "auc": [1., 2.]}, index=["x", "AVG"]) for a, b in ((80, 80), (82, 80), (87, 80))]
-    out = over_seeds(tables)
+    out = table_over_seeds(tables)
     assert out.loc["x", "mean"] == 83 and out.loc["x", "std"] == pytest.approx(np.std([80, 82, 87], ddof=1))
     low, high = ttest_1samp([80, 82, 87], 0).confidence_interval(.95)
     assert (out.loc["x", "ci_low"], out.loc["x", "ci_high"]) == pytest.approx((low, high))
     assert out.loc["AVG", ["mean", "std", "ci_low", "ci_high", "seeds"]].tolist() == [80, 0, 80, 80, 3]
-    assert over_seeds(tables, "auc", .5)["mean"].tolist() == [1, 2]
+    assert table_over_seeds(tables, "auc", .5)["mean"].tolist() == [1, 2]
     wide = [pd.DataFrame({"accuracy": [a, 100 - a], "GtR": [a - 100, a]}, index=["high", "low"]) for a in (90., 99.9, 100.)]
-    assert over_seeds(wide).loc["high", "ci_high"] == 100 and over_seeds(wide).loc["low", "ci_low"] == 0
-    assert over_seeds(wide, "GtR").loc["high", "ci_low"] < -10 and over_seeds(wide, "GtR").loc["high", "ci_high"] > 0
-    with pytest.raises(ValueError, match="two seeds"): over_seeds(tables[:1])
-    with pytest.raises(ValueError, match="different sets"): over_seeds([tables[0], tables[1].iloc[:1]])
+    assert table_over_seeds(wide).loc["high", "ci_high"] == 100 and table_over_seeds(wide).loc["low", "ci_low"] == 0
+    assert table_over_seeds(wide, "GtR").loc["high", "ci_low"] < -10 and table_over_seeds(wide, "GtR").loc["high", "ci_high"] > 0
+    with pytest.raises(ValueError, match="two seeds"): table_over_seeds(tables[:1])
+    with pytest.raises(ValueError, match="different sets"): table_over_seeds([tables[0], tables[1].iloc[:1]])
 
 
 def test_the_benchmark_compares_equal_results():

@@ -71,11 +71,10 @@ def train_generator_command(
 
     Example, all settings of a preset: cemiface train-generator --preset paper --list-settings
     """
-    import io
     import matplotlib
     matplotlib.use("Agg")
     import pandas as pd
-    from cemiface.core.files import write_whole
+    from cemiface.core.figures import save_figure
     from cemiface.core.settings import changed
     from cemiface.generation.conditioning import GENERATORS
     from cemiface.generation.diffusion import ddim_scheduler
@@ -100,9 +99,7 @@ def train_generator_command(
     if int(os.environ.get("RANK", 0)): return # one of several processes speaks
     made = pipeline((unet, conditioner, network, ddim_scheduler(config.snr_scale, config.T, config.prediction)), faces)
     made.save_pretrained(out/"pipeline")
-    buffer = io.BytesIO()
-    plot_training(pd.read_csv(out/"train/log.csv")).savefig(buffer, format="png")
-    write_whole(out/"training.png", buffer.getvalue())
+    save_figure(plot_training(pd.read_csv(out/"train/log.csv")), out/"training.png")
     typer.echo(f"{out} holds the generator (pipeline) and its losses (training.png): {config.steps} steps of {config.batch_size} images, from {len(faces)} faces\n"
                f"Draw a set: cemiface generate --inquiry proc:webface_1shot{' --m 0' * (method == 'simmat')} --generator {out} --out my_set")
 
@@ -209,8 +206,7 @@ def demo_command(
 
     Example: cemiface demo --out demo.png
     """
-    import io
-    from cemiface.core.files import write_whole
+    from cemiface.core.figures import save_figure
     from cemiface.world.faces import world_faces
     from cemiface.recognition.training import embed
     from cemiface.generation.shipped import shipped_models
@@ -218,11 +214,10 @@ def demo_command(
     from cemiface.sets.synthesis import draw_m_grid
     if out.suffix.lower() != ".png": raise ValueError(f"{out} does not end in .png: name a PNG file")
     quiet_loading()
-    pipe, buffer = shipped_models(), io.BytesIO()
+    pipe = shipped_models()
     face = world_faces("webface_1shot", 1, 1, pipe.unet.config.sample_size, seed=seed).images
     grid = draw_m_grid(pipe, face[0], DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
     cos = embed(pipe.recogniser, grid.flatten(0, 1)).cpu() @ embed(pipe.recogniser, face).cpu()[0]
-    plot_m_grid(grid, face[0], DEMO_MS).savefig(buffer, format="png", dpi=150)
-    write_whole(out, buffer.getvalue())
+    save_figure(plot_m_grid(grid, face[0], DEMO_MS), out, dpi=150)
     means = zip(DEMO_MS, cos.view(rows, -1).mean(0).tolist())
     typer.echo(f"{out} shows an inquiry and images drawn from it. Their mean cosine to it: " + ", ".join(f"{c:.2f} at m = {m:g}" for m, c in means))

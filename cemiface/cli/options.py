@@ -111,8 +111,8 @@ def check_tracker(name:str|None):
     if name and name not in known: raise ValueError(f"--log-with {name}: this tracker is not installed (installed: {', '.join(known) or 'none'}): pip install {name}, or leave --log-with out")
 
 def pick_device(name:str|None)->str: # the named one, or cuda where there is any
-    import torch
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    from cemiface.core.machine import default_device
+    return name or default_device()
 
 # %% ../../nbs/cli/01_options.ipynb #066c714e
 def say_left_out(lines:list[str]):

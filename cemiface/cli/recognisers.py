@@ -69,10 +69,9 @@ def train_recogniser_command(
 
     Example, all settings of a preset: cemiface train-recogniser --preset adaface --list-settings
     """
-    import io
     import matplotlib
     matplotlib.use("Agg")
-    from cemiface.core.files import write_whole
+    from cemiface.core.figures import save_figure
     from cemiface.core.settings import changed
     from cemiface.recognition.training import last_and_best, plot_history, RECIPES, train_recogniser
     from cemiface.recognition.verification import evaluate
@@ -90,9 +89,7 @@ def train_recogniser_command(
     def accuracies(model): return evaluate(model, pair_sets, precision=config.precision)["accuracy"].to_dict() # set -> percent, and AVG
     trained = train_recogniser(faces, config, out, accuracies if pair_sets else None, log_with=log_with)
     if int(os.environ.get("RANK", 0)): return # one of several processes speaks
-    buffer = io.BytesIO()
-    plot_history(trained).savefig(buffer, format="png")
-    write_whole(out/"history.png", buffer.getvalue())
+    save_figure(plot_history(trained), out/"history.png")
     if pair_sets: typer.echo(last_and_best(trained.history).drop(columns=["lr", "seconds"]).round(3).to_string())
     typer.echo(f"{out} holds the recogniser: {config.backbone} + {config.margin}, {config.epochs} epochs on {len(faces)} images of {faces.n_subjects} subjects, "
                f"last loss {trained.history['loss'].iloc[-1]:.2f}\nTest it: cemiface verify --recogniser {out}")
@@ -110,14 +107,12 @@ def own_pairs(labels, # [N] subject of each image
 # %% ../../nbs/cli/03_recognisers.ipynb #06867105
 def write_verification(out:Path, results:dict, table):
     "table.csv, and score histograms and ROC as verification.png."
-    import io
     import matplotlib
     matplotlib.use("Agg")
+    from cemiface.core.figures import save_figure
     from cemiface.core.files import write_whole
     from cemiface.recognition.verification import plot_verification
-    buffer = io.BytesIO()
-    plot_verification(results).savefig(buffer, format="png")
-    write_whole(out/"verification.png", buffer.getvalue())
+    save_figure(plot_verification(results), out/"verification.png")
     write_whole(out/"table.csv", table.to_csv().encode())
 
 # %% ../../nbs/cli/03_recognisers.ipynb #13b905b4
@@ -148,9 +143,9 @@ def verify_command(
     Example, three seeds of one training: cemiface verify --recogniser seed_0 --recogniser seed_1 --recogniser seed_2
     """
     import torch
-    from cemiface.world.faces import BENCHMARKS, benchmark_pairs
+    from cemiface.world.faces import PROC_BENCHMARKS, benchmark_pairs
     from cemiface.recognition.training import embed
-    from cemiface.recognition.verification import over_seeds, results_table, verify, verify_sets
+    from cemiface.recognition.verification import results_table, table_over_seeds, verify, verify_sets
     if pairs % 20: raise ValueError(f"--pairs {pairs}: give a multiple of 20, so that ten folds hold as many same as different pairs")
     if out and out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose a folder for --out")
     if benchmarks and data: raise ValueError("give either --benchmarks or --data")
@@ -164,10 +159,10 @@ def verify_command(
         used, index = torch.as_tensor(index).unique(return_inverse=True)
         results = [{faces.name: verify(embed(network, faces.subset(used), batch_size, flip=True, progress=True, precision=precision)[index], issame)} for network in networks]
     else:
-        pair_sets = pair_sets or {n: benchmark_pairs(n, pairs, *sizes, seed) for n in BENCHMARKS}
+        pair_sets = pair_sets or {n: benchmark_pairs(n, pairs, *sizes, seed) for n in PROC_BENCHMARKS}
         results = [verify_sets(network, pair_sets, batch_size, progress=True, precision=precision) for network in networks]
     tables = [results_table(r) for r in results]
-    table = over_seeds(tables) if len(tables) > 1 else tables[0]
+    table = table_over_seeds(tables) if len(tables) > 1 else tables[0]
     shown = table.drop(columns=[c for c in table if table[c].isna().all()])
     typer.echo(shown.round(2).to_string(na_rep=""))
     typer.echo(f"Accuracy in percent over {len(tables)} recognisers; std: between them; ci: 95%, Student's t" if len(tables) > 1 else
@@ -208,10 +203,10 @@ def groups_command(
 
     Example, as in the paper: cemiface groups --data my_faces --recogniser my_recogniser --centres weights --write list
     """
-    import io
     import matplotlib
     matplotlib.use("Agg")
     import pandas as pd
+    from cemiface.core.figures import save_figure
     from cemiface.core.files import write_whole
     from cemiface.recognition.groups import group_table, plot_groups, subject_groups, write_groups
     from cemiface.recognition.training import embed
@@ -221,13 +216,12 @@ def groups_command(
     claim(out, "groups", data=data, recogniser=str(recogniser), n_groups=n_groups, centres=centres, write=write, images=len(faces), seed=seed)
     weights = classifier_weights(recogniser, faces) if centres == "weights" else None
     cos, group = subject_groups(embed(network, faces.images, progress=True), faces.labels, weights, n_groups)
-    table, buffer = group_table(cos, faces.labels, group), io.BytesIO()
+    table = group_table(cos, faces.labels, group)
     names = [faces.encoded.where(i) for i in range(len(faces))] if faces.encoded else range(len(faces))
     images = pd.DataFrame(dict(image=names, subject=[faces.subjects[i] for i in faces.labels.tolist()], cos=cos, group=group))
     write_whole(out/"images.csv", images.to_csv(index=False).encode())
     write_whole(out/"groups.csv", table.to_csv().encode())
-    plot_groups(faces.images, cos, faces.labels, group, range(min(3, faces.n_subjects))).savefig(buffer, format="png")
-    write_whole(out/"groups.png", buffer.getvalue())
+    save_figure(plot_groups(faces.images, cos, faces.labels, group, range(min(3, faces.n_subjects))), out/"groups.png")
     if write: write_groups(faces.encoded, group, out, write, progress=True)
     typer.echo(table.round(3).to_string())
     typer.echo(f"{out} holds the groups of {len(faces)} images of {faces.n_subjects} subjects, 0 is the most similar: images.csv (every image), groups.csv (this table), groups.png (samples)" +

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from .files import write_whole
 
 # %% ../../nbs/core/04_report.ipynb #742f1460
-KINDS_OF_COLUMN = {" published": "published", " difference": "difference", " over first": "over the first", "_sd": "sd over seeds"}
+KINDS_OF_COLUMN = {" published": "published", " difference": "difference", " published over first": "published over the first",
+                   " over first": "over the first", "_sd": "sd over seeds"}
 
 def _two_levels(column:str, columns)->tuple[str, str]: # what it is of, and which of its kind
     "A flat column name as two: `AVG published` is (AVG, published)."

@@ -28,8 +28,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..world import faces as procfaces
-from .images import encode_image, list_folder, read_image
 from ..core.files import write_whole
+from .images import encode_image, list_folder, read_image
 
 # %% ../../nbs/data/06_alignment.ipynb #7db006a0
 def arcface_template(

@@ -7,10 +7,10 @@ __all__ = ['suffix_of', 'FolderWriter', 'fitted', 'side_of', 'open_writer', 'lef
 
 # %% ../../nbs/data/04_convert.ipynb #118b5299
 import json, os, zlib
-from typing import Literal
-from pathlib import Path
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm.auto import tqdm

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .images import MIN_SIDE, decode_image
+from ..core.machine import default_device
 from ..world.faces import WORLDS, world_faces
+from .images import MIN_SIDE, decode_image
 from .records import Encoded, open_encoded
 
 # %% ../../nbs/data/08_faceset.ipynb #a421a0ae
@@ -252,7 +253,7 @@ def lookups(
     "Batch after batch. ValueError or OSError names an image that cannot be read."
     if isinstance(images, Tensor): yield from (images.index_select(0, i) for i in indices); return # twice as fast as images[i]
     if not (workers := getattr(images, "workers", 0)): yield from (images[i] for i in indices); return
-    loader = DataLoader(images, batch_size=None, sampler=list(indices), num_workers=workers, pin_memory=torch.cuda.is_available(),
+    loader = DataLoader(images, batch_size=None, sampler=list(indices), num_workers=workers, pin_memory=default_device() == "cuda",
                         generator=torch.Generator())           # its own: it would draw from the global one
     try: yield from loader
     except (ValueError, OSError) as e: raise type(e)(str(e).strip().splitlines()[-1].partition(": ")[2]) from None    # without the worker's traceback

@@ -8,13 +8,13 @@ __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'MIN_SIDE', 'to_rgb', 'unfit', '
 
 # %% ../../nbs/data/01_images.ipynb #ad7f84df
 import io, re
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 
-from PIL import Image, ImageOps
 import numpy as np
-from torch import Tensor
 import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from ..core.files import write_whole
 

@@ -25,9 +25,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .images import FORMATS, decode_image, natural_key
-from .pairs import is_pairs, open_pairs
 from .recordio import RecordFile, read_heads
 from .records import Encoded, find_list, find_record, name_of, open_encoded, read_list
+from .pairs import is_pairs, open_pairs
 
 # %% ../../nbs/data/07_lint.ipynb #90b25ac7
 RULES = {

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
-from .images import SUFFIXES, decode_image
 from ..core.files import write_whole
+from .images import SUFFIXES, decode_image
 from .recordio import part_of
 
 # %% ../../nbs/data/05_pairs.ipynb #7f01eeac

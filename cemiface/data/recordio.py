@@ -18,6 +18,7 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+
 from ..core.files import write_whole
 
 # %% ../../nbs/data/02_recordio.ipynb #500d5d62

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import SUFFIXES, list_folder, natural_key
 from ..core.files import write_whole
+from .images import SUFFIXES, list_folder, natural_key
 from .recordio import RecordFile
 
 # %% ../../nbs/data/03_records.ipynb #8eb07fe7

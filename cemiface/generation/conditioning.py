@@ -9,11 +9,11 @@ __all__ = ['GENERATORS', 'Conditioner', 'GeneratorConfig', 'face_unet', 'face_co
 # %% ../../nbs/generation/02_conditioning.ipynb #6627b910
 import math
 
+import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from pydantic import BaseModel, Field, model_validator
 from torch import nn, Tensor
-import torch
 
 from ..recognition.backbones import IResNet
 

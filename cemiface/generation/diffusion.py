@@ -9,15 +9,15 @@ __all__ = ['SAMPLERS', 'noise_scheduler', 'x0_from_eps', 'eps_from_v', 'ddim_sch
 # %% ../../nbs/generation/01_diffusion.ipynb #445f67e1
 import inspect
 from collections.abc import Callable
-from typing import Literal
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
+import numpy as np
+import torch
 from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin,
                        UNet2DConditionModel, UniPCMultistepScheduler)
 from diffusers.utils.torch_utils import randn_tensor
-import numpy as np
 from torch import Tensor
-import torch
 
 # %% ../../nbs/generation/01_diffusion.ipynb #c7ab8653
 def noise_scheduler(

@@ -8,9 +8,9 @@ __all__ = ['PACE', 'similarity', 'simmat_loss', 'm_grid', 'sample_m', 'TrainingC
 # %% ../../nbs/generation/03_simmat.ipynb #3a7caaa0
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
-import torch
 from torch.nn import functional as F
 
 from ..recognition.training import to_device

@@ -4,37 +4,38 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'SAMPLE_MS', 'Denoiser', 'layout', 'ready', 'step_generator', 'draw_step', 'embed_both', 'random_centres',
-           'identities', 'band_sums', 'band_row', 'save_state', 'load_state', 'save_generator', 'load_generator',
-           'SimMat', 'save_samples', 'gradients', 'train_generator', 'plot_training']
+           'training_identities', 'band_sums', 'band_row', 'save_generator_state', 'load_generator_state',
+           'save_generator', 'load_generator', 'SimMat', 'save_samples', 'gradients', 'train_generator',
+           'plot_training']
 
 # %% ../../nbs/generation/04_training.ipynb #8eac2585
 import json, time
-from typing import Any
-from pathlib import Path
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather, pad_across_processes
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn, Tensor
-import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..core.figures import figure_style
 from ..core.files import write_whole
-from ..data.faceset import batches, FaceSet, lookups, to_float, to_uint8
+from ..core.figures import figure_style
 from ..data.images import encode_image
-from ..recognition.groups import class_centres
+from ..data.faceset import batches, FaceSet, lookups, to_float, to_uint8
 from ..recognition.training import check_same_start, fresh_accelerator, to_device
-from .conditioning import Conditioner, face_conditioner, face_unet, GeneratorConfig
+from ..recognition.groups import class_centres
 from .diffusion import ddim_scheduler, denoise, eps_from_v, noise_scheduler, x0_from_eps
+from .conditioning import Conditioner, face_conditioner, face_unet, GeneratorConfig
 from .simmat import PACE, sample_m, similarity, simmat_loss, SimMatConfig, TrainingConfig
 
 # %% ../../nbs/generation/04_training.ipynb #a86f78fa
@@ -116,7 +117,7 @@ def random_centres(
     "A random direction for each label: a function of (seed, label) alone."
     return F.normalize(torch.stack([torch.from_numpy(np.random.default_rng([seed, k]).standard_normal(dim, np.float32)) for k in range(n)]))
 
-def identities(
+def training_identities(
     recogniser:nn.Module, # images in [-1,1] to [B,D]
     faces:FaceSet,
     config:SimMatConfig,
@@ -158,7 +159,7 @@ def band_row(
     return {f"{name}_{k}": v for name, values in found.items() for k, v in enumerate(values.tolist())}
 
 # %% ../../nbs/generation/04_training.ipynb #57039b44
-def save_state(
+def save_generator_state(
     path:Path,
     denoiser:Denoiser,
     optimizer:torch.optim.Optimizer,
@@ -173,7 +174,7 @@ def save_state(
     return write_whole(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, about))
 
 # %% ../../nbs/generation/04_training.ipynb #b002e256
-def load_state(
+def load_generator_state(
     path:Path,
     denoiser:Denoiser,
     optimizer:torch.optim.Optimizer,
@@ -235,7 +236,7 @@ class SimMat:
 
     def __init__(self, faces:FaceSet, recogniser:nn.Module, config:SimMatConfig, device:torch.device|str, progress:bool):
         self.config, self.weight = config, config.lambda_simmat
-        self.emb, self.row = identities(recogniser, faces, config, device, progress)
+        self.emb, self.row = training_identities(recogniser, faces, config, device, progress)
         self.faces, self.shown = faces, torch.linspace(0, len(faces)-1, 4).long() # those that samples are drawn for
 
     def draw(self, images:Tensor, generator:torch.Generator)->tuple: # flip, t, m, eps
@@ -330,7 +331,7 @@ def train_generator(
     settings = dict(generator=generator.model_dump(mode="json"), faces=[faces.name, len(faces)]) | {
         k: v for k, v in config.model_dump(mode="json").items() if k not in PACE}
     first, log, state = 0, [], out/"state.safetensors"
-    if state.exists(): first, log = load_state(state, denoiser, optimizer, ema, settings, type(config)().model_dump(mode="json"))
+    if state.exists(): first, log = load_generator_state(state, denoiser, optimizer, ema, settings, type(config)().model_dump(mode="json"))
     check_same_start(acc, first, out)
     if first>=config.steps and (out/"unet").is_dir(): return load_generator(out, method.conditioner)
     with acc.autocast(): task = method(faces, recogniser, config, device, progress and main)
@@ -369,7 +370,7 @@ def train_generator(
         bar.set_postfix(mse=f"{means[0]:.4f}", **{method.name: f"{means[1]:.3f}"}, slope=f"{log[-1]['slope_3']:.2f}")
         if main and (now-saved>=config.save_every or step+1==config.steps):
             write_whole(out/"log.csv", pd.DataFrame(log).to_csv(index=False).encode())
-            save_state(state, denoiser, optimizer, ema, dict(step=step+1, settings=settings, log=log))
+            save_generator_state(state, denoiser, optimizer, ema, dict(step=step+1, settings=settings, log=log))
             saved = time.monotonic()
         seen, sums, bands = time.monotonic(), torch.zeros_like(sums), torch.zeros_like(bands)
     bar.close(); acc.wait_for_everyone()

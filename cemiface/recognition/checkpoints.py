@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .backbones import UNITS, IResNet
 from ..core.files import write_whole
+from .backbones import UNITS, IResNet
 from .training import Trained, save_recogniser
 
 # %% ../../nbs/recognition/04_checkpoints.ipynb #7f59d7e8

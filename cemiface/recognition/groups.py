@@ -9,19 +9,19 @@ __all__ = ['cos_to_centre', 'class_centres', 'check_centres', 'similarity_groups
 # %% ../../nbs/recognition/06_groups.ipynb #11d8fa21
 import warnings
 from collections.abc import Iterator
-from typing import Literal
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from torch import Tensor
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..core.figures import figure_style, m_colours
-from ..data.convert import convert, fitted
 from ..data.records import Encoded, open_encoded
+from ..data.convert import convert, fitted
 
 # %% ../../nbs/recognition/06_groups.ipynb #a65f4f9b
 def _blocks(emb:Tensor|np.ndarray, # [N,D]

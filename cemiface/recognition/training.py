@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'AUGMENTATIONS', 'EVERY_RUN', 'RecogniserConfig', 'learning_rate', 'weight_groups', 'mirror', 'step_seed',
-           'describe', 'check_same', 'save_state', 'load_state', 'Trained', 'save_recogniser', 'load_recogniser',
-           'fresh_accelerator', 'check_training', 'memory_format', 'check_same_start', 'JointSum', 'JointBatchNorm',
-           'join_norms', 'last_good', 'check_step', 'check_weights', 'to_device', 'unwrapped', 'train_recogniser',
-           'embed', 'judged', 'last_and_best', 'plot_history', 'plot_evaluation']
+           'describe', 'check_same', 'save_recogniser_state', 'load_recogniser_state', 'Trained', 'save_recogniser',
+           'load_recogniser', 'fresh_accelerator', 'check_training', 'memory_format', 'check_same_start', 'JointSum',
+           'JointBatchNorm', 'join_norms', 'last_good', 'check_step', 'check_weights', 'to_device', 'unwrapped',
+           'train_recogniser', 'embed', 'judging_column', 'last_and_best', 'plot_history', 'plot_evaluation']
 
 # %% ../../nbs/recognition/03_training.ipynb #cc07da69
 import gc
@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from .backbones import BACKBONES, IResNet, backbone, folded
-from ..data.faceset import AUGMENT_DRAWS, FaceSet, augment, batches, lookups, to_float
-from .margins import MARGINS, correct, margin_head
 from ..core.files import write_whole
 from ..core.figures import figure_style
+from ..core.machine import default_device
+from ..data.faceset import AUGMENT_DRAWS, FaceSet, augment, batches, lookups, to_float
+from .backbones import BACKBONES, IResNet, backbone, folded
+from .margins import MARGINS, correct, margin_head
 
 # %% ../../nbs/recognition/03_training.ipynb #cda02408
 class RecogniserConfig(BaseModel, extra="forbid", frozen=True):
@@ -143,7 +144,7 @@ def check_same(
                 raise ValueError(f"{where} holds a training with {part} {key}={old!r}, not {value!r}: choose another folder or delete this one")
 
 # %% ../../nbs/recognition/03_training.ipynb #5396e02c
-def save_state(
+def save_recogniser_state(
     path:Path, # of the file
     **state, # tensors, numbers, strings, and lists and dicts of them
 ):
@@ -153,7 +154,7 @@ def save_state(
     write_whole(path, data.getvalue())
 
 # %% ../../nbs/recognition/03_training.ipynb #34457923
-def load_state(
+def load_recogniser_state(
     path:Path, # out/state.pt
     run:dict, # from `describe`
 )->dict|None: # None: there is none
@@ -358,7 +359,7 @@ def train_recogniser(
         trained = load_recogniser(out)
         trained.model.to(fresh_accelerator(config.precision).device)
         return trained
-    if torch.cuda.is_available(): gc.collect() # a wrapped network of a training before is a cycle that holds GPU memory
+    if default_device() == "cuda": gc.collect() # a wrapped network of a training before is a cycle that holds GPU memory
     accelerator = fresh_accelerator(config.precision, log_with=log_with, project_dir=out)
     rank, world, device, main = accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator.is_main_process
     torch.backends.cudnn.benchmark = True # every batch has one shape
@@ -373,7 +374,7 @@ def train_recogniser(
     optimizer = torch.optim.SGD(weight_groups(net, head, config), config.lr, config.momentum)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     history, first_epoch, first_batch, sums, seconds, steps = [], 0, 0, torch.zeros(2), 0., len(faces) // config.batch_size
-    if out and (state := load_state(out / "state.pt", run)):
+    if out and (state := load_recogniser_state(out / "state.pt", run)):
         net.load_state_dict(state["net"]), head.load_state_dict(state["head"]), optimizer.load_state_dict(state["optimizer"])
         history, first_epoch, first_batch, sums, seconds = (state[k] for k in ("history", "epoch", "batch", "sums", "seconds"))
     check_same_start(accelerator, first_epoch * steps + first_batch, out)
@@ -385,7 +386,7 @@ def train_recogniser(
 
     def save_now(epoch, batch):
         if out: check_weights(net, head, epoch, batch, out)
-        if out and main: save_state(out / "state.pt", run=run, net=net.state_dict(), head=head.state_dict(), optimizer=optimizer.state_dict(),
+        if out and main: save_recogniser_state(out / "state.pt", run=run, net=net.state_dict(), head=head.state_dict(), optimizer=optimizer.state_dict(),
                                     history=history, epoch=epoch, batch=batch, sums=sums.cpu(), seconds=seconds)
 
     def finish_step(numbers, rate, step): # called late, when a GPU has them ready
@@ -469,7 +470,7 @@ def embed(
 # %% ../../nbs/recognition/03_training.ipynb #9cc9cf3e
 EVERY_RUN = ("epoch", "loss", "accuracy", "lr", "seconds") # columns of a history without `evaluate`
 
-def judged(
+def judging_column(
     history:pd.DataFrame, # a row an epoch
     by:str|None=None, # column; None: AVG where there is one, else the last that `evaluate` gave
 )->str|None: # column that epochs are judged by; None: nothing was evaluated
@@ -484,7 +485,7 @@ def last_and_best(
     by:str|None=None, # column in which more is better; None: AVG, or the last that `evaluate` gave
 )->pd.DataFrame: # rows last and best
     "The last epoch, and the best by one column. ValueError if nothing was evaluated."
-    if not (by := judged(history, by)): raise ValueError("the history has no evaluation: train with evaluate, or choose a column as by")
+    if not (by := judging_column(history, by)): raise ValueError("the history has no evaluation: train with evaluate, or choose a column as by")
     return history.loc[[history.index[-1], history[by].idxmax()]].set_axis(["last", "best"])
 
 # %% ../../nbs/recognition/03_training.ipynb #8b95aba1
@@ -495,7 +496,7 @@ def plot_history(
     "Loss, training accuracy and evaluation by epoch; last and best epoch marked, drops of the learning rate dashed. ValueError without epochs."
     history = getattr(history, "history", history)
     if not len(history): raise ValueError("the history is empty: an imported recogniser has none")
-    by, epochs = judged(history, by), history["epoch"]
+    by, epochs = judging_column(history, by), history["epoch"]
     with figure_style():
         fig, axes = plt.subplots(1, 3 if by else 2, figsize=(7.2, 2.3))
         axes[0].plot(epochs, history["loss"]), axes[0].set(title="training loss", ylim=(0, None))

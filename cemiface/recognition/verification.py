@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['FIVE', 'CASIA_AVG', 'pair_distances', 'Verification', 'verify_distances', 'verify', 'reference_verification',
            'bootstrap_ci', 'plot_cosines', 'plot_verification', 'check_sets', 'verify_sets', 'results_table',
-           'evaluate', 'over_seeds']
+           'evaluate', 'table_over_seeds']
 
 # %% ../../nbs/recognition/05_verification.ipynb #5652fb9d
 from collections.abc import Iterable
-from typing import Literal
 from dataclasses import dataclass
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 from torch import Tensor
-import torch
 
 from ..core.figures import figure_style, m_colours
 from ..data.pairs import PairImages, PairSet
@@ -293,7 +293,7 @@ def evaluate(model:torch.nn.Module, # recogniser: [B,3,S,S] in [-1,1] -> [B,D]
     return results_table(verify_sets(model, benchmarks, batch_size, **how))
 
 # %% ../../nbs/recognition/05_verification.ipynb #1e4a8630
-def over_seeds(tables:list[pd.DataFrame], # of `evaluate`, one a seed
+def table_over_seeds(tables:list[pd.DataFrame], # of `evaluate`, one a seed
     column:str="accuracy",
     level:float=.95, # of the interval
 )->pd.DataFrame: # one row a set; columns mean, std, ci_low, ci_high, seeds

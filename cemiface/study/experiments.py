@@ -12,7 +12,6 @@ from typing import Literal, Optional
 from pathlib import Path
 from functools import lru_cache
 
-import numpy as np
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor

@@ -20,7 +20,7 @@ import torch
 
 from ..core.files import write_whole
 from ..core.machine import default_device
-from ..world.faces import benchmark_pairs, BENCHMARKS, world_faces
+from ..world.faces import benchmark_pairs, PROC_BENCHMARKS, world_faces
 from ..data.faceset import FaceSet, Picked
 from ..data.pairs import open_pairs, PairImages
 from .user_files import BINS, open_images, pairs_path, stored_faces, whole_pairs
@@ -129,7 +129,7 @@ class Benchmarks(Task):
     def make(self): # of the user's, every image is decoded once: a damaged one is named now and not after a training
         if self.source is not None: return {name: len(whole_pairs(pairs)) for name, pairs in self.load().items()}
         tensors = {}
-        for name in BENCHMARKS:
+        for name in PROC_BENCHMARKS:
             images, issame = benchmark_pairs(name, self.pairs, self.size, device=default_device())
             tensors |= {f"{name}/images": torch.as_tensor(images), f"{name}/issame": torch.as_tensor(issame)}
         self.keep(**tensors)
@@ -138,7 +138,7 @@ class Benchmarks(Task):
     def load(self)->dict:
         if self.source is not None: return {name: open_pairs(pairs_path(Path(self.source), file)) for name, file in BINS.items()}
         tensors = self.tensors()
-        return {n: (tensors[f"{n}/images"], tensors[f"{n}/issame"].bool()) for n in BENCHMARKS}
+        return {n: (tensors[f"{n}/images"], tensors[f"{n}/issame"].bool()) for n in PROC_BENCHMARKS}
 
     def lfw(self)->tuple: # images of pairs, in order; bool [P]
         first = next(iter(self.load().values()))
