@@ -235,7 +235,7 @@ def test_many_large_images_are_decoded_one_at_a_time():
     code = """if True:
         import io, resource
         from PIL import Image
-        from cemiface.data.lint import lint
+        from cemiface.data import lint
         lint.os.cpu_count = lambda: 8
         out = io.BytesIO(); Image.new("RGB", (4000, 3000), (200, 100, 50)).save(out, "PNG", compress_level=1)
         data, before = out.getvalue(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

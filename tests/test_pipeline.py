@@ -181,8 +181,8 @@ def test_embeddings_need_not_be_normalised(pipe, given):
 
 
 def test_shipped_weights_load_or_say_what_is_missing(monkeypatch, tmp_path):
-    import cemiface.generation.pipeline as module
-    monkeypatch.setattr(module, "__file__", str(tmp_path/"pipeline.py"))
+    import cemiface.generation.shipped as module
+    monkeypatch.setattr(module, "WEIGHTS", tmp_path/"weights")
     with pytest.raises(OSError, match="install a release"): shipped_pipeline()
     untrained_pipeline(GENERATORS["smoke"]).save_pretrained(tmp_path/"weights"/"generator")
     assert isinstance(shipped_pipeline(), CemiFacePipeline)
