@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cemiface.core import machine
 from cemiface.core.machine import peak_rss
 
 CHILD = """
@@ -27,7 +28,7 @@ def test_a_child_does_not_inherit_its_parents_peak():
 
 
 def test_where_there_is_no_proc(monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda self: False)
+    monkeypatch.setattr(machine.Path, "exists", lambda self: False)
     used = resource.getrusage(resource.RUSAGE_SELF)
     monkeypatch.setattr(resource, "getrusage", lambda who: used)
     for platform, unit in (("linux", 2**10), ("darwin", 2**20)):

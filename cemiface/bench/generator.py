@@ -95,8 +95,8 @@ def where_sampling_goes(
     unet, x, tokens = unet_and_input(name, precision, True, batch_size or BATCH[device][name])
     with torch.inference_mode():
         unet(x, 500, encoder_hidden_states=tokens)
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as seen: unet(x, 500, encoder_hidden_states=tokens)
-    ops = [e for e in seen.key_averages() if e.device_type == torch.autograd.DeviceType.CPU and not e.is_user_annotation] # a GPU's kernels are counted with the operation
+        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as trace: unet(x, 500, encoder_hidden_states=tokens)
+    ops = [e for e in trace.key_averages() if e.device_type == torch.autograd.DeviceType.CPU and not e.is_user_annotation] # a GPU's kernels are counted with the operation
     times = pd.Series({e.key: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total for e in ops}, dtype=float)
     kind = [next((k for k, words in GENERATOR_OPERATIONS.items() if any(w in key for w in words.split("|"))), "other") for key in times.index]
     return (times.groupby(kind).sum() / times.sum()).sort_values(ascending=False)
@@ -192,16 +192,16 @@ def run_bench_generator(
     if unknown := [n for n in names if n not in GENERATORS]: raise ValueError(f"no configuration {unknown[0]!r}: choose from {', '.join(GENERATORS)}")
     todo = generator_parts(precision, batch_size, compile, names)
     if unknown := [p for p in parts or [] if p not in todo]: raise ValueError(f"no part {unknown[0]!r}: choose from {', '.join(todo)}")
-    found = dict(machine=machine(), cost=[generator_cost(n) for n in names], where_sampling_time_goes={})
-    told = lambda row: ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-    say(told(found["machine"]))
+    results = dict(machine=machine(), cost=[generator_cost(n) for n in names], where_sampling_time_goes={})
+    as_text = lambda row: ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+    say(as_text(results["machine"]))
     for part in parts or todo:
-        found[part] = []
+        results[part] = []
         for f, settings in todo[part]:
-            found[part].append(alone(f, **settings))
-            say(f"{part}: {told(found[part][-1])}")
+            results[part].append(alone(f, **settings))
+            say(f"{part}: {as_text(results[part][-1])}")
         if part == "sampling":
-            found["where_sampling_time_goes"] = where_sampling_goes(names[-1], precision or "bf16", batch_size).round(3).to_dict()
-            say(f"where the time of an evaluation ({names[-1]}, {precision or 'bf16'}) goes: " + ", ".join(f"{k} {100 * v:.0f}%" for k, v in found["where_sampling_time_goes"].items()))
-    if out: write_whole(out, json.dumps(found, indent=1).encode())
-    return found
+            results["where_sampling_time_goes"] = where_sampling_goes(names[-1], precision or "bf16", batch_size).round(3).to_dict()
+            say(f"where the time of an evaluation ({names[-1]}, {precision or 'bf16'}) goes: " + ", ".join(f"{k} {100 * v:.0f}%" for k, v in results["where_sampling_time_goes"].items()))
+    if out: write_whole(out, json.dumps(results, indent=1).encode())
+    return results

@@ -120,8 +120,8 @@ def where_time_goes(
             loss = F.cross_entropy(head(net(augment(to_float(images), u).contiguous(memory_format=torch.channels_last)), labels), labels)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     step()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as seen: step()
-    ops = [e for e in seen.key_averages() if e.device_type == torch.autograd.DeviceType.CPU and not e.is_user_annotation] # a GPU's kernels are counted with the operation
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as trace: step()
+    ops = [e for e in trace.key_averages() if e.device_type == torch.autograd.DeviceType.CPU and not e.is_user_annotation] # a GPU's kernels are counted with the operation
     times = pd.Series({e.key: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total for e in ops}, dtype=float)
     kind = [next((k for k, words in RECOGNISER_OPERATIONS.items() if any(w in key for w in words.split("|"))), "other") for key in times.index]
     return (times.groupby(kind).sum() / times.sum()).sort_values(ascending=False)
@@ -283,15 +283,15 @@ def run_bench(
     "Measure recognition on this machine. ValueError for an unknown part."
     todo = bench_parts(precision, batch_size, compile)
     if unknown := [p for p in parts or [] if p not in todo]: raise ValueError(f"no part {unknown[0]!r}: choose from {', '.join(todo)}")
-    found = dict(machine=machine(), where_training_time_goes={})
-    say(", ".join(f"{k} {v}" for k, v in found["machine"].items()))
+    results = dict(machine=machine(), where_training_time_goes={})
+    say(", ".join(f"{k} {v}" for k, v in results["machine"].items()))
     for part in parts or todo:
-        found[part] = []
+        results[part] = []
         for f, settings in todo[part]:
-            found[part].append(alone(f, **settings))
-            say(f"{part}: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in found[part][-1].items()))
+            results[part].append(alone(f, **settings))
+            say(f"{part}: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[part][-1].items()))
         if part == "training":
-            found["where_training_time_goes"] = where_time_goes(batch_size=found[part][-1]["batch_size"], precision=found[part][-1]["precision"]).round(3).to_dict()
-            say("where a training step's time goes: " + ", ".join(f"{k} {100 * v:.0f}%" for k, v in found["where_training_time_goes"].items()))
-    if out: write_whole(out, json.dumps(found, indent=1).encode())
-    return found
+            results["where_training_time_goes"] = where_time_goes(batch_size=results[part][-1]["batch_size"], precision=results[part][-1]["precision"]).round(3).to_dict()
+            say("where a training step's time goes: " + ", ".join(f"{k} {100 * v:.0f}%" for k, v in results["where_training_time_goes"].items()))
+    if out: write_whole(out, json.dumps(results, indent=1).encode())
+    return results

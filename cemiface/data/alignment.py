@@ -93,24 +93,24 @@ def json_faces(
     path:Path, # {"SUBJECT/NAME.jpg": [[x, y] five times], or a list of such}
 )->dict[str, list]: # path -> nested lists
     "Faces by photo, as stored."
-    try: found = json.loads(path.read_bytes())
+    try: faces = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e: raise ValueError(f"{path}: not JSON ({e}): write {{\"SUBJECT/NAME.jpg\": [[x, y], ... five points]}}") from None
-    if not isinstance(found, dict): raise ValueError(f"{path}: a list, but photos are looked up by path: write {{\"SUBJECT/NAME.jpg\": [[x, y], ... five points]}}")
-    return found
+    if not isinstance(faces, dict): raise ValueError(f"{path}: a list, but photos are looked up by path: write {{\"SUBJECT/NAME.jpg\": [[x, y], ... five points]}}")
+    return faces
 
 def csv_faces(
     path:Path, # path,x1,y1,...,x5,y5
 )->dict[str, list]: # path -> ten numbers for each face
     "Faces by photo. ValueError names the line that is no face."
-    found = {}
+    faces = {}
     with open(path, newline="", encoding="utf-8-sig") as f:
         for n, row in enumerate(csv.reader(f), 1):
             if not row or n == 1 and row[-1].strip().lower() == "y5": continue
             try: numbers = [float(v) for v in row[1:]]
             except ValueError: numbers = []
             if len(numbers) != 10: raise ValueError(f"{path}, line {n}: not path,x1,y1,...,x5,y5: give ten numbers after the path")
-            found.setdefault(row[0], []).append(numbers)
-    return found
+            faces.setdefault(row[0], []).append(numbers)
+    return faces
 
 # %% ../../nbs/data/06_alignment.ipynb #0067d09e
 def read_landmarks(
@@ -118,10 +118,10 @@ def read_landmarks(
 )->dict[str, Tensor]: # photo's path, below the folder of subjects -> float64 [faces,5,2]
     "Read the landmarks of many photos. ValueError names file, and line or photo; OSError if the file cannot be read."
     path, faces = Path(path), {}
-    try: found = (json_faces if path.suffix.lower() == ".json" else csv_faces)(path)
+    try: by_photo = (json_faces if path.suffix.lower() == ".json" else csv_faces)(path)
     except OSError as e: raise OSError(e.errno, f"could not read the landmarks {path} ({e.strerror}): give a .csv or .json file that is there") from None
     except (UnicodeDecodeError, csv.Error): raise ValueError(f"{path}: not a text file: landmarks are read from .csv or .json") from None
-    for name, numbers in found.items():
+    for name, numbers in by_photo.items():
         try: face = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 5, 2)
         except (ValueError, TypeError, RuntimeError):
             raise ValueError(f"{path}, {name}: not five points (x, y), nor a list of such: give each face as [[x, y], ...]") from None
@@ -163,8 +163,8 @@ def png_names(
 )->list[str]: # SUBJECT/NAME.png, all different
     "Name the crops like the photos; `a.jpg` beside `a.png` keeps its ending: a.jpg.png."
     stems = [name.rpartition(".")[0] for name in names]
-    seen = Counter(stem.lower() for stem in stems)
-    return [f"{name if seen[stem.lower()] > 1 else stem}.png" for name, stem in zip(names, stems)]
+    counts = Counter(stem.lower() for stem in stems)
+    return [f"{name if counts[stem.lower()] > 1 else stem}.png" for name, stem in zip(names, stems)]
 
 def source_digest(
     path:Path,       # a photo

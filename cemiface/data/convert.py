@@ -102,11 +102,11 @@ def left_out(
     done:int,  # images written
 )->list[str]: # its lines up to the place where the writer stopped: place in the source's order, tab, reason
     "The images that an earlier attempt left out; lines beyond the last image written are forgotten."
-    kept = []
+    lines = []
     for line in path.read_text("utf-8").split("\n")[:-1] if path.exists() else []:
-        if int(line.partition("\t")[0]) <= done+len(kept): kept.append(line)
-    write_whole(path, "".join(f"{line}\n" for line in kept).encode())
-    return kept
+        if int(line.partition("\t")[0]) <= done+len(lines): lines.append(line)
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    return lines
 
 # %% ../../nbs/data/04_convert.ipynb #12eadb99
 def convert(
@@ -131,18 +131,18 @@ def convert(
     order = torch.argsort(encoded.labels, stable=True).tolist()
     with open_writer(encoded, out, to, size) as writer:
         log = writer.part/"skipped.txt"
-        left = left_out(log, writer.done)
-        start = writer.done+len(left)
+        skipped = left_out(log, writer.done)
+        start = writer.done+len(skipped)
         with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(order), initial=start, desc=f"{encoded.name} to {to}", disable=not progress) as bar:
             for block in range(start, len(order), 256):                  # no more than this many images in memory
                 for place, (data, why) in enumerate(pool.map(job, order[block:block+256]), block):
                     if data: writer.add(data, int(encoded.labels[order[place]]))
                     else:
-                        left.append(f"{place}\t{why}")
-                        with open(log, "a", encoding="utf-8") as f: f.write(left[-1]+"\n")
+                        skipped.append(f"{place}\t{why}")
+                        with open(log, "a", encoding="utf-8") as f: f.write(skipped[-1]+"\n")
                     bar.update()
-        if not left: log.unlink()
+        if not skipped: log.unlink()
         (writer.part/".from").unlink()
-    found = open_encoded(out)
-    found.skipped += encoded.skipped+[line.partition("\t")[2] for line in left]
-    return found
+    result = open_encoded(out)
+    result.skipped += encoded.skipped+[line.partition("\t")[2] for line in skipped]
+    return result

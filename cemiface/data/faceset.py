@@ -75,10 +75,10 @@ class FaceSet:
         "The images at `indices`, as a set of their own."
         i = torch.as_tensor(indices)
         i = i.nonzero()[:, 0] if i.dtype == torch.bool else i.long()
-        kept, labels = self.labels[i].unique(return_inverse=True)
+        subject_ids, labels = self.labels[i].unique(return_inverse=True)
         images = self.images[i] if isinstance(self.images, Tensor) else Picked(self.images, i)
         factors = self.factors and {k: v[i] for k, v in self.factors.items()}
-        return FaceSet(images, labels, [self.subjects[k] for k in kept.tolist()], self.name, factors, list(self.skipped), self.encoded and self.encoded.subset(i))
+        return FaceSet(images, labels, [self.subjects[k] for k in subject_ids.tolist()], self.name, factors, list(self.skipped), self.encoded and self.encoded.subset(i))
 
 # %% ../../nbs/data/08_faceset.ipynb #5eaf6590
 class Picked:
@@ -180,16 +180,16 @@ def open_stored(
     progress:bool,                  # show a bar
 )->FaceSet:
     "Stored images as a `FaceSet`."
-    stored = open_encoded(source)
-    if stored.skipped and on_bad == "raise": raise ValueError(stored.skipped[0])
-    encoded = stored.subset(choose(stored.labels, subjects, per_subject, seed))
+    whole = open_encoded(source)
+    if whole.skipped and on_bad == "raise": raise ValueError(whole.skipped[0])
+    encoded = whole.subset(choose(whole.labels, subjects, per_subject, seed))
     if len(encoded)*3*size*size > memory:
-        return FaceSet(EncodedImages(encoded, size, on_bad), encoded.labels, encoded.subjects, encoded.name, skipped=stored.skipped, encoded=encoded)
+        return FaceSet(EncodedImages(encoded, size, on_bad), encoded.labels, encoded.subjects, encoded.name, skipped=whole.skipped, encoded=encoded)
     images, good, skipped = decode_all(encoded, size, on_bad, progress)
     if not len(good): raise ValueError(f"none of the {len(encoded)} images in {source} can be read; the first: {skipped[0]}")
     if skipped: warnings.warn(f"{len(skipped)} of {len(encoded)} images in {source} cannot be read and are left out; the first: {skipped[0]}", stacklevel=3)
-    kept = encoded.subset(good)
-    return FaceSet(images, kept.labels, kept.subjects, kept.name, skipped=stored.skipped+skipped, encoded=kept)
+    readable = encoded.subset(good)
+    return FaceSet(images, readable.labels, readable.subjects, readable.name, skipped=whole.skipped+skipped, encoded=readable)
 
 # %% ../../nbs/data/08_faceset.ipynb #62ae8624
 def open_world(

@@ -142,14 +142,14 @@ def write_folder(
     subjects:Sequence[str]|None=None,  # names by label; None: the label itself
 )->Path: # the folder
     "Write a set as root/subject/k.ext, which `list_folder` reads back. OSError if the folder is in use or cannot be written."
-    root, seen = Path(root), {}
+    root, counts = Path(root), {}
     if len(images) != len(labels): raise ValueError(f"{len(images)} images but {len(labels)} labels: one label an image is needed")
     if subjects and len(set(map(str, subjects))) < len(subjects): raise ValueError("two subjects have the same name: rename one of them")
     if root.exists() and any(root.iterdir()): raise FileExistsError(f"{root} is not empty: choose a new folder, or remove what is in it")
     for image, label in zip(images, labels.tolist()):
-        subject, k = str(subjects[label] if subjects else label), seen.get(label, 0)
+        subject, k = str(subjects[label] if subjects else label), counts.get(label, 0)
         if Path(subject).name != subject or subject.startswith(".") or not subject:
             raise ValueError(f"subject name {subject!r} cannot be a folder's name: rename it")
         write_whole(root/subject/f"{k}.{ext}", encode_image(image, ext))
-        seen[label] = k+1
+        counts[label] = k+1
     return root

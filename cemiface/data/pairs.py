@@ -208,14 +208,14 @@ def _bin_pairs(path:Path, name:str)->PairSet:
     content = read_plain_pickle(data)
     if not isinstance(content, (tuple, list)) or len(content) != 2 or not isinstance(content[0], (tuple, list)) or not isinstance(content[1], (tuple, list, _Array)):
         raise ValueError("a plain pickle, but not one of (list of images, list of same or not)")
-    made, total = {}, 0
+    encoded, total = {}, 0
     for k, item in enumerate(content[0]):
-        if id(item) in made: continue
-        try: made[id(item)] = _image_bytes(item)
+        if id(item) in encoded: continue
+        try: encoded[id(item)] = _image_bytes(item)
         except ValueError as e: raise ValueError(f"image {k} (pair {k // 2}) {e}") from e
-        total += len(made[id(item)])
+        total += len(encoded[id(item)])
         if total > 2 * len(data): raise ValueError(f"image {k} (pair {k // 2}) is cut from bytes that other images have used: more comes out than the file holds")
-    return pair_set(name, [made[id(item)] for item in content[0]], _labels(content[1]), [f"{path}, image {k}" for k in range(len(content[0]))])
+    return pair_set(name, [encoded[id(item)] for item in content[0]], _labels(content[1]), [f"{path}, image {k}" for k in range(len(content[0]))])
 
 # %% ../../nbs/data/05_pairs.ipynb #e8c1d2eb
 def _photo(root:Path, subject:str, number:str)->Path:
@@ -276,9 +276,9 @@ def open_pairs(
     path = Path(source)
     name = path.stem if path.is_file() else path.name
     if path.is_dir():
-        found = [p for s in _LISTS if (p := path / f"pairs{s}").is_file()]
-        if not found: raise FileNotFoundError(f"{path} holds no pairs.txt or pairs.csv: give a .bin file, or a folder with a list of its pairs")
-        path = found[0]
+        lists = [p for s in _LISTS if (p := path / f"pairs{s}").is_file()]
+        if not lists: raise FileNotFoundError(f"{path} holds no pairs.txt or pairs.csv: give a .bin file, or a folder with a list of its pairs")
+        path = lists[0]
     listed = path.suffix in _LISTS
     try: return (_list_pairs if listed else _bin_pairs)(path, name)
     except OSError as e: raise OSError(e.errno, f"could not read {e.filename or path} ({e.strerror}): check the path and its permissions") from e
@@ -292,11 +292,11 @@ def write_bin(
 )->Path: # the file
     "Write pairs as InsightFace's loader reads them. ValueError unless there are two images a label."
     pairs = pair_set(Path(path).stem, images, issame)
-    out, seen = [b"\x80\x02]("], set()                                # protocol 2, a list of
+    out, written = [b"\x80\x02]("], set()                                # protocol 2, a list of
     for u in pairs.index.tolist():
         image, number = pairs.images[u], struct.pack("<I", u)
-        out += [b"j", number] if u in seen else [b"T", struct.pack("<I", len(image)), image, b"r", number]
-        seen.add(u)
+        out += [b"j", number] if u in written else [b"T", struct.pack("<I", len(image)), image, b"r", number]
+        written.add(u)
     out += [b"e](", bytes(0x88 if s else 0x89 for s in pairs.issame), b"e\x86."]
     return write_whole(path, b"".join(out))
 

@@ -91,13 +91,13 @@ def scan_records(
     piece=2**26,# bytes read at a time, a multiple of 4
 )->np.ndarray: # int64 [N], offsets in the order of the file
     "Find every record without an index: the magic number at a multiple of 4 is the start of a part."
-    found, size = [np.zeros(0, np.int64)], os.fstat(f.fileno()).st_size
+    offsets, size = [np.zeros(0, np.int64)], os.fstat(f.fileno()).st_size
     for start in range(0, size, piece):
         read = os.pread(f.fileno(), min(piece+4, size-start), start)
         words = np.frombuffer(read, "<u4", len(read)//4)
         at = np.flatnonzero(words[:-1] == MAGIC)
-        found.append(start+4*at[words[at+1] >> 29 < 2].astype(np.int64))
-    return np.concatenate(found)
+        offsets.append(start+4*at[words[at+1] >> 29 < 2].astype(np.int64))
+    return np.concatenate(offsets)
 
 # %% ../../nbs/data/02_recordio.ipynb #48d3db2c
 def repeats(
@@ -230,10 +230,10 @@ class RecordWriter:
         offsets = scan_records(self.f)
         heads = read_heads(self.f, offsets)
         ends = np.flatnonzero(heads["flag"][1:] > 0)                       # identities: all images are there
-        kept = int(ends[0]) if len(ends) else max(len(offsets)-2, 0)       # else the last one may be torn
-        self.labels = array("q", heads["label"][1:kept+1].astype(np.int64).tolist())
-        self.offsets = array("q", offsets[:kept+1].tolist() if len(offsets) > kept+1 else [])
-        self.at = self.f.seek(int(offsets[kept+1]) if self.offsets else 0)
+        complete = int(ends[0]) if len(ends) else max(len(offsets)-2, 0)       # else the last one may be torn
+        self.labels = array("q", heads["label"][1:complete+1].astype(np.int64).tolist())
+        self.offsets = array("q", offsets[:complete+1].tolist() if len(offsets) > complete+1 else [])
+        self.at = self.f.seek(int(offsets[complete+1]) if self.offsets else 0)
         self.f.truncate()
         if not self.offsets: self._put(b"", [0, 0])                        # the header's place, filled in at the end
 

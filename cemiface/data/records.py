@@ -55,8 +55,8 @@ class Encoded:
         "The images at `indices`, as a set of their own."
         i = torch.as_tensor(indices)
         i = i.nonzero()[:, 0] if i.dtype == torch.bool else i.long()
-        kept, labels = self.labels[i].unique(return_inverse=True)
-        return Encoded(self.name, labels, [self.subjects[k] for k in kept.tolist()], self.store, self.rows[i.numpy()])
+        subject_ids, labels = self.labels[i].unique(return_inverse=True)
+        return Encoded(self.name, labels, [self.subjects[k] for k in subject_ids.tolist()], self.store, self.rows[i.numpy()])
 
 # %% ../../nbs/data/03_records.ipynb #6758c8dc
 def dense(
@@ -123,8 +123,8 @@ def find_record(
 )->Path|None:
     "The record file that `source` is or holds: train.rec, or the only one."
     if source.is_file(): return source if source.suffix == ".rec" else None
-    found = sorted(source.glob("*.rec"))
-    return source/"train.rec" if source/"train.rec" in found else found[0] if len(found) == 1 else None
+    files = sorted(source.glob("*.rec"))
+    return source/"train.rec" if source/"train.rec" in files else files[0] if len(files) == 1 else None
 
 def find_list(
     folder:Path,
@@ -164,15 +164,15 @@ def open_list(
         try: keys = np.array(keys, np.int64)
         except (ValueError, OverflowError): raise ValueError(f"{path}: its first column holds other things than keys of {record.name}: write key and label, between tabs") from None
         rows = np.searchsorted(store.keys, keys).clip(max=len(store)-1)
-        found = store.keys[rows] == keys
+        exists = store.keys[rows] == keys
     elif "path" in cols:
         store = Files(source, cols["path"])
-        rows, found = np.arange(len(store)), np.ones(len(store), bool)
+        rows, exists = np.arange(len(store)), np.ones(len(store), bool)
         if not os.path.exists(store.where(0)): raise FileNotFoundError(f"{path}: there is no {store.where(0)}: paths in a list start from its folder; if they hold spaces, put tabs between path and label")
     else: raise ValueError(f"{path}: names images by key, but {source} holds no record file: put the list beside it, or paths into the list")
     names = cols.get("label") or [p.rpartition("/")[0].rpartition("/")[2] for p in cols.get("path", [])] or [f"{v:.0f}" for v in store.labels[rows]]
-    skipped = [f"{path}: names record {keys[i]}, which {record} does not hold" for i in np.flatnonzero(~found)]
-    rows, names = rows[found], [name for name, there in zip(names, found.tolist()) if there]
+    skipped = [f"{path}: names record {keys[i]}, which {record} does not hold" for i in np.flatnonzero(~exists)]
+    rows, names = rows[exists], [name for name, there in zip(names, exists.tolist()) if there]
     for name in set(names):
         if not name or not ours and (name.startswith("-") or name.lower() == "nan"):
             raise ValueError(f"{path}: subject {name!r} of {store.where(rows[names.index(name)])}: write path and label, or paths like SUBJECT/NAME")
@@ -199,14 +199,14 @@ def open_encoded(
     if path.is_file() and path.suffix.lower() not in (".rec", *LIST_SUFFIXES):
         raise ValueError(f"{path}: a set is a .rec file, a list (.txt .csv .tsv .lst), or a folder: name one of them")
     record, named = find_record(path), find_list(path) if path.is_dir() else path
-    if record: found = open_record(record)
-    elif named: found = open_list(named)
+    if record: encoded = open_record(record)
+    elif named: encoded = open_list(named)
     else:
         paths, labels, subjects = list_folder(path)
-        found = Encoded(name_of(path), labels, subjects, Files(path, [p.relative_to(path).as_posix() for p in paths]), np.arange(len(paths)))
-    if len(found.subjects) == 1 < len(found): warnings.warn(f"{found.name}: all its {len(found)} images are of one subject, {found.subjects[0]}: nothing to train on")
-    if found.skipped: warnings.warn(f"{found.name}: {len(found.skipped)} left out, the first: {found.skipped[0]}")
-    return found
+        encoded = Encoded(name_of(path), labels, subjects, Files(path, [p.relative_to(path).as_posix() for p in paths]), np.arange(len(paths)))
+    if len(encoded.subjects) == 1 < len(encoded): warnings.warn(f"{encoded.name}: all its {len(encoded)} images are of one subject, {encoded.subjects[0]}: nothing to train on")
+    if encoded.skipped: warnings.warn(f"{encoded.name}: {len(encoded.skipped)} left out, the first: {encoded.skipped[0]}")
+    return encoded
 
 # %% ../../nbs/data/03_records.ipynb #eb45d651
 def write_list(

@@ -117,7 +117,7 @@ def identity_embedding(recogniser:IResNet,
     size = recogniser.config.size
     if inquiries is not None and tuple(inquiries.shape[1:]) != (3, size, size):
         raise ValueError(f"inquiries of shape {tuple(inquiries.shape)}: this recogniser takes [B,3,{size},{size}]")
-    given = embeddings if inquiries is None else inquiries
-    if not len(given): raise ValueError("no inquiry: the batch is empty")
-    given = given.to(device or recogniser.device, recogniser.dtype)
-    return torch.nn.functional.normalize(given if inquiries is None else recogniser(given), dim=1)
+    x = embeddings if inquiries is None else inquiries
+    if not len(x): raise ValueError("no inquiry: the batch is empty")
+    x = x.to(device or recogniser.device, recogniser.dtype)
+    return torch.nn.functional.normalize(x if inquiries is None else recogniser(x), dim=1)

@@ -10,12 +10,12 @@ __all__ = ['MARK', 'MODEL_CARD', 'as_output', 'calibrated_m', 'model_card', 'Own
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from huggingface_hub import ModelCardData
-import numpy as np
 from torch import Tensor
 
 from ..core.files import write_whole

@@ -155,8 +155,8 @@ def band_row(
     n, s, m, mm, sm, *rest = sums.double().cpu().T
     spread = mm-m*m/n
     slope = torch.where(spread>1e-4*n, (sm-s*m/n)/spread, torch.nan) # m that hardly differs has none
-    found = {"s": s/n, "slope": slope} | {name: v/n for name, v in zip(losses, rest)}
-    return {f"{name}_{k}": v for name, values in found.items() for k, v in enumerate(values.tolist())}
+    means = {"s": s/n, "slope": slope} | {name: v/n for name, v in zip(losses, rest)}
+    return {f"{name}_{k}": v for name, values in means.items() for k, v in enumerate(values.tolist())}
 
 # %% ../../nbs/generation/04_training.ipynb #57039b44
 def save_generator_state(

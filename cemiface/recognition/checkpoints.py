@@ -161,14 +161,14 @@ def check_tensors(
 ):
     "ValueError that counts and names what is missing, not expected, of a wrong shape, or not finite."
     shapes = {k: v.shape for k, v in layout.network().state_dict().items()}
-    wanted = {theirs: shapes[ours] for ours, theirs in names_in_file(layout).items()}
-    given = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked") and not re.match(r"(.*\.)?head\.", k)}
-    both = [k for k in wanted if k in given]
-    wrong = {"missing": [k for k in wanted if k not in given], "not expected": [k for k in given if k not in wanted],
-             "of wrong shape": [f"{k} {list(given[k].shape)} for {list(wanted[k])}" for k in both if given[k].shape != wanted[k]],
-             "not finite numbers": [k for k in both if given[k].shape == wanted[k] and not sound(given[k])]}
-    if said := [f"{len(ks)} {what} ({', '.join(ks[:3])}{', ...' if len(ks) > 3 else ''})" for what, ks in wrong.items() if ks]:
-        raise ValueError(f"{name} is no complete {layout}, the nearest network, of {len(wanted)} tensors: {'; '.join(said)}: "
+    shapes_in_file = {theirs: shapes[ours] for ours, theirs in names_in_file(layout).items()}
+    tensors_in_file = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked") and not re.match(r"(.*\.)?head\.", k)}
+    both = [k for k in shapes_in_file if k in tensors_in_file]
+    wrong = {"missing": [k for k in shapes_in_file if k not in tensors_in_file], "not expected": [k for k in tensors_in_file if k not in shapes_in_file],
+             "of wrong shape": [f"{k} {list(tensors_in_file[k].shape)} for {list(shapes_in_file[k])}" for k in both if tensors_in_file[k].shape != shapes_in_file[k]],
+             "not finite numbers": [k for k in both if tensors_in_file[k].shape == shapes_in_file[k] and not sound(tensors_in_file[k])]}
+    if faults := [f"{len(ks)} {what} ({', '.join(ks[:3])}{', ...' if len(ks) > 3 else ''})" for what, ks in wrong.items() if ks]:
+        raise ValueError(f"{name} is no complete {layout}, the nearest network, of {len(shapes_in_file)} tensors: {'; '.join(faults)}: "
                          "download it again, or give a checkpoint of an IR or IR-SE network of 18, 50 or 100 layers")
 
 # %% ../../nbs/recognition/04_checkpoints.ipynb #94ecb872
@@ -223,10 +223,10 @@ def read_centres(
     rows = []
     for file in files:
         tensors = read_tensors(file, ("state_dict", "state_dict_softmax_fc"))
-        found = [v.T if k.endswith("kernel") else v for k, v in tensors.items() if v.ndim == 2 and k.endswith(("weight", "kernel"))]
-        if len(found) != 1 or not sound(found[0]) or any(v.ndim > 2 for v in tensors.values()):
+        matrices = [v.T if k.endswith("kernel") else v for k, v in tensors.items() if v.ndim == 2 and k.endswith(("weight", "kernel"))]
+        if len(matrices) != 1 or not sound(matrices[0]) or any(v.ndim > 2 for v in tensors.values()):
             raise ValueError(f"{file} holds {len(tensors)} tensors, not the one finite matrix of a classifier: give the file of the classifier alone")
-        rows.append(F.normalize(found[0].float()))
+        rows.append(F.normalize(matrices[0].float()))
     return torch.cat(rows)
 
 # %% ../../nbs/recognition/04_checkpoints.ipynb #a09fc3b3
@@ -241,10 +241,10 @@ def import_recogniser(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "already holds a recogniser" if (out/"recogniser.json").exists() else "is not empty"
         raise FileExistsError(f"{out} {what}: choose a new folder, or remove what is in it")
-    found = load_checkpoint(file, channels)
-    dim, centres = found.model.config.emb_dim, found.centres if centres is None else F.normalize(centres.float())
+    checkpoint = load_checkpoint(file, channels)
+    dim, centres = checkpoint.model.config.emb_dim, checkpoint.centres if centres is None else F.normalize(centres.float())
     if centres is not None and centres.shape[1:] != (dim,): raise ValueError(f"centres {list(centres.shape)} do not fit embeddings of {dim}: give [classes,{dim}]")
-    return save_recogniser(out, Trained(model=found.model, centres=centres, history=pd.DataFrame(), config=None, source=found.source))
+    return save_recogniser(out, Trained(model=checkpoint.model, centres=centres, history=pd.DataFrame(), config=None, source=checkpoint.source))
 
 # %% ../../nbs/recognition/04_checkpoints.ipynb #fc280409
 class UnitLength(nn.Module):
@@ -281,7 +281,7 @@ def export_onnx(
     graph = onnx_graph(nn.Sequential(net, UnitLength() if normalise else nn.Identity()).eval(), size)
     g = graph.graph
     for part in (g, *g.node, *g.input, *g.output, *g.value_info, *g.initializer): part.ClearField("metadata_props")
-    said = {"channels": "RGB", "range": "-1 to 1", "size": size, "embedding": "unit length" if normalise else "raw",
+    metadata = {"channels": "RGB", "range": "-1 to 1", "size": size, "embedding": "unit length" if normalise else "raw",
             "network": f"IR-{'SE-' if model.config.se else ''}{model.config.depth}"}
-    for key, value in said.items(): graph.metadata_props.add(key=key, value=str(value))
+    for key, value in metadata.items(): graph.metadata_props.add(key=key, value=str(value))
     return write_whole(path, graph.SerializeToString())

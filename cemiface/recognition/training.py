@@ -89,9 +89,9 @@ def learning_rate(
     steps:int, # of the whole training
 )->float: # of this step
     "Linear warm-up, then divided by 10 at each milestone (Section 4.1)."
-    passed = sum(step >= round(f * steps) for f in config.milestones)
+    drops = sum(step >= round(f * steps) for f in config.milestones)
     warmup = max(1, min(config.warmup_steps, steps // 10))
-    return config.lr * .1**passed * min(1, (step + 1) / warmup)
+    return config.lr * .1**drops * min(1, (step + 1) / warmup)
 
 # %% ../../nbs/recognition/03_training.ipynb #355d5ccc
 def weight_groups(
@@ -101,9 +101,9 @@ def weight_groups(
 )->list[dict]: # for SGD: all trained weights, or those outside batch norms and those inside
     "The weights by their decay."
     weights = [p for p in (*net.parameters(), *head.parameters()) if p.requires_grad]
-    spared = set() if config.decay_norms else {p for m in net.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
-    groups = [{"params": [p for p in weights if p not in spared], "weight_decay": config.weight_decay},
-              {"params": [p for p in weights if p in spared], "weight_decay": 0.}]
+    norm_weights = set() if config.decay_norms else {p for m in net.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+    groups = [{"params": [p for p in weights if p not in norm_weights], "weight_decay": config.weight_decay},
+              {"params": [p for p in weights if p in norm_weights], "weight_decay": 0.}]
     return [g for g in groups if g["params"]]
 
 # %% ../../nbs/recognition/03_training.ipynb #1d7de8f8
@@ -456,16 +456,16 @@ def embed(
     "Normalised embeddings. The model runs in evaluation mode and is left in its own."
     images, training = getattr(images, "images", images), model.training
     model = model.to(device).eval() if device else model.eval()
-    device, found, chosen = next(model.parameters()).device, [], torch.arange(len(images)).split(batch_size)
+    device, parts, chosen = next(model.parameters()).device, [], torch.arange(len(images)).split(batch_size)
     net = folded(model) if device.type == "cuda" and isinstance(model, IResNet) else model
     for batch in tqdm(lookups(images, chosen), total=len(chosen), desc="embedding", disable=not progress):
         x = to_float(to_device(batch, device)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             emb = net(x).float() + net(x.flip(3)).float() if flip else net(x).float()
-        found.append(F.normalize(emb).to("cpu", non_blocking=device.type == "cuda")) # the next images are looked up meanwhile
+        parts.append(F.normalize(emb).to("cpu", non_blocking=device.type == "cuda")) # the next images are looked up meanwhile
     if device.type == "cuda": torch.cuda.synchronize(device)
     model.train(training)
-    return torch.cat(found)
+    return torch.cat(parts)
 
 # %% ../../nbs/recognition/03_training.ipynb #9cc9cf3e
 EVERY_RUN = ("epoch", "loss", "accuracy", "lr", "seconds") # columns of a history without `evaluate`
@@ -475,9 +475,9 @@ def judging_column(
     by:str|None=None, # column; None: AVG where there is one, else the last that `evaluate` gave
 )->str|None: # column that epochs are judged by; None: nothing was evaluated
     "ValueError if there is no such column."
-    found = [c for c in history if c not in EVERY_RUN]
+    columns = [c for c in history if c not in EVERY_RUN]
     if by and by not in history: raise ValueError(f"the history has no column {by!r}: choose one of {', '.join(history)}")
-    return by or ("AVG" if "AVG" in found else found[-1] if found else None)
+    return by or ("AVG" if "AVG" in columns else columns[-1] if columns else None)
 
 # %% ../../nbs/recognition/03_training.ipynb #8264eb64
 def last_and_best(
