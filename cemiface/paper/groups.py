@@ -48,7 +48,8 @@ def yardstick(study:Study)->Finding:
 
 # %% ../../nbs/paper/03_groups.ipynb #cdf391c7
 TABLE9 = ("Mean similarity to the centre falls from {first:.2f} in group 0 to {last:.2f} in group 4 "
-          "(paper: {published_first:.2f} to {published_last:.2f}), most between groups {step} (paper: {published_step}). "
+          "(paper: {published_first:.2f} to {published_last:.2f}), "
+          "most between groups {step} (paper: {published_step}). "
           "Centres are the {centres} of the recogniser that conditions the generator.")
 LEFT_OUT = " {left_out:,} images of subjects with fewer than five are in no group."
 
@@ -76,7 +77,8 @@ def table9(study:Study)->Finding:
     return Finding(TABLE9 + LEFT_OUT * bool(left_out), table, facts=facts, digits=3)
 
 # %% ../../nbs/paper/03_groups.ipynb #6382a9cc
-TABLE1 = ("The middle group's lead over the most similar one is {near:+.2f} points of AVG, which {near_says} (published {near_published:+.2f}), "
+TABLE1 = ("The middle group's lead over the most similar one is {near:+.2f} points of AVG, "
+          "which {near_says} (published {near_published:+.2f}), "
           "and over the least similar one {far:+.2f}, which {far_says} (published {far_published:+.2f}); "
           "the least significant difference is {least_words}. "
           "The best of {rows} is group {best} (AVG {avg:.2f}), ahead of {behind} of the others by more than that; "
@@ -95,9 +97,9 @@ def group_facts(table:pd.DataFrame, # group, AVG, AVG_sd, AVG published
 def plot_accuracy(table:pd.DataFrame, # `on`, every benchmark and AVG, each with its "published"; AVG_sd
                   on:str, # column of the horizontal axis
                   least:float, # least significant difference; NaN draws no band
-                  paper:pd.DataFrame|None=None, # `on`, benchmarks and AVG as published, where they are more than the table's
+                  paper:pd.DataFrame|None=None, # `on`, benchmarks and AVG as published; None: those of the table
                   )->Figure:
-    "AVG and every benchmark, measured and published; with the spread of AVG, and a band over what the best is not ahead of."
+    "AVG and every benchmark, measured and published; the spread of AVG, a band over what the best is not ahead of."
     names = [*BENCHMARKS, "AVG"]
     ours = table.rename(columns=lambda c: c.removeprefix("proc-"))
     if paper is None: paper = table[[on, *(f"{n} published" for n in names)]].set_axis([on, *names], axis=1)
@@ -144,7 +146,8 @@ def leads(table:pd.DataFrame, # of `table1`
 # %% ../../nbs/paper/03_groups.ipynb #5c819969
 FIGURE2 = ("Mean cosine to the centre is {first:.2f} in the most similar group and {last:.2f} in the least similar. "
            "A row shows one of {subjects} subjects, a block one group, each image with its cosine.")
-FACTORS = " The rendering factors whose distance from the mean goes most with the cosine are {factors} (rank correlation)."
+FACTORS = (" The rendering factors whose distance from the mean goes most with the cosine "
+           "are {factors} (rank correlation).")
 
 def factor_ranks(factors:pd.DataFrame, # one row an image, a column a factor
                  cos:pd.Series, # cosine of each image to its centre
@@ -160,7 +163,8 @@ def figure2(study:Study, subjects:int=3)->Finding:
     "Images of the same subjects in every group, with their cosine to the subject's centre."
     scores, faces = study.groups().load(), study.faces().load()
     cos, groups = scores["cos"], scores["groups"]
-    fig = plot_groups(faces.images, cos, faces.labels, groups, faces.labels[groups >= 0].unique()[:subjects].tolist())
+    some = faces.labels[groups >= 0].unique()[:subjects].tolist()
+    fig = plot_groups(faces.images, cos, faces.labels, groups, some)
     plt.close(fig)
     facts = dict(first=cos[groups == 0].mean().item(), last=cos[groups == 4].mean().item(), subjects=subjects)
     if not faces.factors: return Finding(FIGURE2, figure=fig, facts=facts) # photographs

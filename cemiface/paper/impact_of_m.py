@@ -34,7 +34,8 @@ def achieved(samples:dict, # of a `Samples` task: emb [M,N,K,D], inquiry_emb [N,
 CONTROL = ("The mean achieved cosine {steps} of m, from {first:.2f} at m = {high:g} to {last:.2f} at m = {low:g}. "
            "At m = 0 it is {zero:.2f}, with a standard deviation of {zero_sd:.2f} over images; "
            "the paper (Table 7) reports {paper:.3f} and {paper_sd:.3f}. "
-           "Under a second recogniser, which the generator never met, it goes from {second_first:.2f} to {second_last:.2f}; "
+           "Under a second recogniser, which the generator never met, "
+           "it goes from {second_first:.2f} to {second_last:.2f}; "
            "there two pictures of one person have {same:.2f}, of two people {different:.2f}. "
            "Every two of the {inquiries} inquiries have a cosine below {threshold:.1f} under {chosen_by} (paper: 0.3).")
 
@@ -54,12 +55,13 @@ JUDGES = {"E_id": "E_id", "second": "second recogniser"}
 
 @result("Control: achieved against requested similarity (Sections 3.2.2, A.4)", needs=lambda study: [study.judged()])
 def control(study:Study)->Finding:
-    "Mean achieved cosine by requested m, with its spread over inquiries, under E_id and under a recogniser that the generator never met."
+    "Mean achieved cosine by requested m, with its spread, under E_id and a recogniser that the generator never met."
     scores = study.judged().load()
     ms = np.repeat(study.control().ms, scores["E_id/achieved"][0].numel())
     scale = {j: {kind: scores[f"{j}/{kind}"].mean().item() for kind in ("same", "different")} for j in JUDGES}
     curves = {name: control_curve(ms, scores[f"{j}/achieved"].flatten()) for j, name in JUDGES.items()}
-    fig = plot_control(curves, {name: {"one person": scale[j]["same"], "two people": scale[j]["different"]} for j, name in JUDGES.items()})
+    levels = {name: {"one person": scale[j]["same"], "two people": scale[j]["different"]} for j, name in JUDGES.items()}
+    fig = plot_control(curves, levels)
     plt.close(fig)
     ours, other = (c.table for c in curves.values())
     table = ours.assign(second_mean=other["mean"], second_std=other["std"]).sort_index(ascending=False).reset_index()
@@ -69,8 +71,8 @@ def control(study:Study)->Finding:
     return Finding(CONTROL, table, fig, facts, digits=3)
 
 # %% ../../nbs/paper/04_impact_of_m.ipynb #beb4b815
-FIGURE5 = ("A row is one inquiry and one noise, and only m changes along it; the mean achieved cosine over {inquiries} inquiries "
-           "goes from {first:.2f} at m = {high:g} to {last:.2f} at m = {low:g}.")
+FIGURE5 = ("A row is one inquiry and one noise, and only m changes along it; "
+           "the mean achieved cosine over {inquiries} inquiries goes from {first:.2f} at m = {high:g} to {last:.2f} at m = {low:g}.")
 
 @result("Figure 5: the same noise, m from 1 to -1 (Section 4.3.2)", needs=lambda study: [study.control()])
 def figure5(study:Study, rows:int=6)->Finding:
@@ -79,15 +81,17 @@ def figure5(study:Study, rows:int=6)->Finding:
     fig = plot_m_grid(samples["images"][:, :rows, 0].transpose(0, 1), samples["inquiry"][:rows], list(task.ms))
     means = dict(zip(task.ms, achieved(samples).mean((1, 2)).tolist()))
     high, low = max(means), min(means)
-    return Finding(FIGURE5, figure=fig, facts=dict(inquiries=task.count, high=high, low=low, first=means[high], last=means[low]))
+    facts = dict(inquiries=task.count, high=high, low=low, first=means[high], last=means[low])
+    return Finding(FIGURE5, figure=fig, facts=facts)
 
 # %% ../../nbs/paper/04_impact_of_m.ipynb #8bef518b
 CIRCLES = (1.0, 0.66, 0.33, 0.0)
-FIGURE1 = ("Around one inquiry, eight samples on each circle have a mean cosine of {first:.2f} on the innermost (m = {high:g}) "
-           "to {last:.2f} on the outermost (m = {low:g}). "
+FIGURE1 = ("Around one inquiry, eight samples on each circle have a mean cosine "
+           "of {first:.2f} on the innermost (m = {high:g}) to {last:.2f} on the outermost (m = {low:g}). "
            "The noise is the same along a ray; the circles are drawn at even distances.")
 
-@result("Figure 1: samples on circles of similarity around an inquiry (Section 1)", needs=lambda study: [study.samples(1, 8, CIRCLES)])
+@result("Figure 1: samples on circles of similarity around an inquiry (Section 1)",
+        needs=lambda study: [study.samples(1, 8, CIRCLES)])
 @figure_style()
 def figure1(study:Study)->Finding:
     "The inquiry in the middle, samples at m on circles: the further out, the lower m."
@@ -96,7 +100,8 @@ def figure1(study:Study)->Finding:
     for j, m in enumerate(CIRCLES):
         radius, turn = j + 1.9, (torch.arange(8) + .5) * torch.pi / 4
         ax.add_patch(plt.Circle((0, 0), radius, fill=False, color=m_colours(m), lw=1.2, zorder=0))
-        for k, a in enumerate(turn.tolist()): _place(ax, samples["images"][j, 0, k], radius * np.cos(a), radius * np.sin(a), m_colours(m))
+        for image, a in zip(samples["images"][j, 0], turn.tolist()):
+            _place(ax, image, radius * np.cos(a), radius * np.sin(a), m_colours(m))
         ax.text(0, -radius, f"m = {m:g}", ha="center", va="center", fontsize=8, bbox=dict(fc="white", ec="none", pad=1))
     _place(ax, samples["inquiry"][0], 0, 0, "black")
     ax.set(xlim=(-5.4, 5.4), ylim=(-5.4, 5.4), aspect="equal"); ax.axis("off")
@@ -111,8 +116,8 @@ def _place(ax, image:Tensor, x:float, y:float, colour):
 
 # %% ../../nbs/paper/04_impact_of_m.ipynb #31a3e9ab
 SPREAD = (1.0, 0.5, 0.0, -0.5)
-FIGURE7 = ("The inquiry nearest to a sample is its own for {zero:.0%} of the samples at m = 0 and for {last:.0%} at m = {low:g} "
-           "({inquiries} inquiries, chance {chance:.0%}).")
+FIGURE7 = ("The inquiry nearest to a sample is its own for {zero:.0%} of the samples at m = 0 "
+           "and for {last:.0%} at m = {low:g} ({inquiries} inquiries, chance {chance:.0%}).")
 
 def _cloud(study:Study): return study.samples(min(6, study.profile.inquiries), 10, SPREAD)
 
@@ -129,13 +134,16 @@ def figure7(study:Study)->Finding:
     M, N, K, D = samples["emb"].shape
     points = tsne_points(torch.cat([samples["emb"].reshape(-1, D), samples["inquiry_emb"]]))
     fig = plot_tsne(points[:M * N * K], np.repeat(SPREAD, N * K), np.tile(np.arange(N).repeat(K), M))
-    for ax in fig.axes[:2]: ax.scatter(*points[M * N * K:].T, s=110, marker="*", color="black", ec="white", lw=.8, zorder=3)
+    for ax in fig.axes[:2]:
+        ax.scatter(*points[M * N * K:].T, s=110, marker="*", color="black", ec="white", lw=.8, zorder=3)
     plt.close(fig)
     share = dict(zip(SPREAD, own_share(samples).tolist()))
-    return Finding(FIGURE7, figure=fig, facts=dict(zero=share[0.], last=share[SPREAD[-1]], low=SPREAD[-1], inquiries=N, chance=1 / N))
+    facts = dict(zero=share[0.], last=share[SPREAD[-1]], low=SPREAD[-1], inquiries=N, chance=1 / N)
+    return Finding(FIGURE7, figure=fig, facts=facts)
 
 # %% ../../nbs/paper/04_impact_of_m.ipynb #96c588c1
-TABLE11 = ("The lead of the set at m = 0 over that at m = 1 is {easy:+.2f} points of AVG, which {easy_says} (published {easy_published:+.2f}), "
+TABLE11 = ("The lead of the set at m = 0 over that at m = 1 is {easy:+.2f} points of AVG, "
+           "which {easy_says} (published {easy_published:+.2f}), "
            "and over that at m = -1 {hard:+.2f}, which {hard_says} (published {hard_published:+.2f}); "
            "the least significant difference is {least_words}. "
            "The best of {rows} is m = {best:g} (AVG {avg:.2f}), ahead of {behind} of the others by more than that; "
@@ -170,18 +178,21 @@ def _curve_table(study:Study)->pd.DataFrame: # one row an m
 def table11(study:Study)->Finding:
     "A recogniser trained on the set generated at each m, five benchmarks, beside the paper."
     table, whole = _curve_table(study), study.real_training().run()
-    facts = m_facts(table, len(study.seeds), 0.) | dict(
-        real=whole["accuracy"]["AVG"], real_images=f"{whole['images']:,}", images=f"{study.profile.set_subjects * study.curve:,}")
+    sizes = dict(real_images=f"{whole['images']:,}", images=f"{study.profile.set_subjects * study.curve:,}")
+    facts = m_facts(table, len(study.seeds), 0.) | sizes | dict(real=whole["accuracy"]["AVG"])
     return Finding(TABLE11, table, facts=facts)
 
 # %% ../../nbs/paper/04_impact_of_m.ipynb #247496ee
-FIGURE4 = ("The measured AVG is best at m = {best:g}: its lead over m = 1 is {easy:+.2f}, which {easy_says} (published {easy_published:+.2f}), "
+FIGURE4 = ("The measured AVG is best at m = {best:g}: its lead over m = 1 is {easy:+.2f}, "
+           "which {easy_says} (published {easy_published:+.2f}), "
            "and over m = -1 {hard:+.2f}, which {hard_says} (published {hard_published:+.2f}). "
            "The least significant difference is {least_words}; the paper's curve is best at m = {published_best:g}.")
 
-@result("Figure 4: accuracy against m (Section 4.2.1)", needs=lambda study: [t for ts in _runs(study).values() for t in ts])
+@result("Figure 4: accuracy against m (Section 4.2.1)",
+        needs=lambda study: [t for ts in _runs(study).values() for t in ts])
 def figure4(study:Study)->Finding:
     "AVG and every benchmark by m: measured with its spread over seeds, and as published."
     table = _curve_table(study)
     facts = m_facts(table, len(study.seeds))
-    return Finding(FIGURE4, figure=plot_accuracy(table, "m", facts["least"], trusted("table11").dropna()), facts=facts)
+    fig = plot_accuracy(table, "m", facts["least"], trusted("table11").dropna())
+    return Finding(FIGURE4, figure=fig, facts=facts)
