@@ -233,7 +233,7 @@ def test_a_run_of_the_other_method_is_refused(whole, tmp_path):
 
 
 def test_misfits_are_named(tmp_path):
-    with pytest.raises(ValueError, match="one image a subject"): train_dcface(faces(8, 1), recogniser(), TINY, SHORT, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="one image per subject"): train_dcface(faces(8, 1), recogniser(), TINY, SHORT, tmp_path, progress=False)
     with pytest.raises(ValueError, match="Sequential has no first stage"): train_dcface(faces(), nn.Sequential(), TINY, SHORT, tmp_path, progress=False)
     with pytest.raises(ValueError, match="32 px, the generator 16 px"): train_dcface(faces(size=32), recogniser(), TINY, SHORT, tmp_path, progress=False)
 

@@ -194,7 +194,7 @@ def test_bin_to_folder_and_back_keeps_every_byte(tmp_path_factory, case):
 
 
 def test_lfw_list(tmp_path):
-    "Two folds of two pairs a kind, as LFW's own file has ten of 300."
+    "Two folds of two pairs per kind, as LFW's own file has ten of 300."
     for s in "A_B", "C", "D_E_F":
         (tmp_path / s).mkdir()
         for n in 1, 2, 13: (tmp_path / s / f"{s}_{n:04d}.{'png' if n == 13 else 'jpg'}").write_bytes(f"{s} {n}".encode())

@@ -163,7 +163,7 @@ def test_what_is_refused_leaves_no_trace(pipe, tmp_path):
     twice = FaceSet(inquiries(2).images, torch.tensor([0, 0]), ["one"], "twice")
     empty = FaceSet(inquiries().images[:0], torch.zeros(0, dtype=torch.int64), [], "empty")
     for faces, kw, says in ((None, dict(m=1.2), "outside"), (None, dict(m=[0., -3.]), "outside"), (None, dict(per_subject=0), "at least 1"), (None, dict(oversample=-1), "at least 0"),
-                            (empty, {}, "no inquiry"), (twice, {}, "one image a subject"), (torch.randn(2, 512), {}, "oversample=0")):
+                            (empty, {}, "no inquiry"), (twice, {}, "one image per subject"), (torch.randn(2, 512), {}, "oversample=0")):
         with pytest.raises(ValueError, match=says): make(pipe, tmp_path/"new", faces, **kw)
     assert not (tmp_path/"new").exists()
     (tmp_path/"photos").mkdir(); (tmp_path/"photos"/"mine.jpg").write_bytes(b"mine")

@@ -24,7 +24,7 @@ def _message(error:BaseException)->str: # without "[Errno 28]" where the message
 
 def _complain(command:str, error:BaseException):
     "One line on stderr."
-    wrong = error.errors() if hasattr(error, "errors") else [] # pydantic's, one a setting
+    wrong = error.errors() if hasattr(error, "errors") else [] # pydantic's, one per setting
     text = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in wrong) or " ".join(_message(error).split()) or type(error).__name__
     typer.secho(f"cemiface {command}: {text}", fg="red", err=True)
 

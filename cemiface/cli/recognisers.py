@@ -171,7 +171,7 @@ def verify_command(
     if out: typer.echo(f"{out} holds table.csv and verification.png (score histograms and ROC{' of the first recogniser' * (len(tables) > 1)})")
 
 # %% ../../nbs/cli/03_recognisers.ipynb #dff25772
-def classifier_weights(recogniser:Path, faces): # [C,D], a row a subject
+def classifier_weights(recogniser:Path, faces): # [C,D], a row per subject
     "The classifier that a recogniser was trained with. ValueError if it has none for these subjects."
     from cemiface.recognition.training import load_recogniser
     if str(recogniser) == "shipped" or not recogniser.is_dir(): raise ValueError(f"--centres weights needs the folder of a recogniser trained on {faces.name}: {recogniser} is none")

@@ -160,7 +160,7 @@ def choose(
     "Draw subjects, and images within each, without replacement. ValueError if there are too few subjects."
     rng, n = np.random.default_rng(seed), int(labels.max())+1
     if subjects is not None and not 1 <= subjects <= n: raise ValueError(f"{subjects} subjects were asked for, {n} are there: ask for 1 to {n}")
-    if per_subject is not None and per_subject < 1: raise ValueError(f"per_subject is {per_subject}: ask for at least 1 image a subject")
+    if per_subject is not None and per_subject < 1: raise ValueError(f"per_subject is {per_subject}: ask for at least 1 image per subject")
     chosen = np.isin(labels.numpy(), rng.choice(n, n if subjects is None else subjects, replace=False))
     order = np.lexsort((rng.random(len(labels)), labels.numpy()))          # a random order within every subject
     counts = np.bincount(labels.numpy())
@@ -231,7 +231,7 @@ def open_faces(
     counts = faces.labels.bincount(minlength=faces.n_subjects)
     few = [f"{name} ({n})" for name, n in zip(faces.subjects, counts.tolist()) if n < min_per_subject]
     if few:
-        raise ValueError(f"{source}: {min_per_subject} images a subject are needed, {len(few)} of {faces.n_subjects} subjects have fewer: "
+        raise ValueError(f"{source}: {min_per_subject} images per subject are needed, {len(few)} of {faces.n_subjects} subjects have fewer: "
                          f"{', '.join(few[:5])}{' ...' if len(few) > 5 else ''}. Add images or remove these subjects")
     return faces
 
@@ -356,7 +356,7 @@ def erase(
     return x.masked_fill(box, 0)
 
 # %% ../../nbs/data/08_faceset.ipynb #f85fff58
-AUGMENT_DRAWS = 14 # uniform numbers an image
+AUGMENT_DRAWS = 14 # uniform numbers per image
 
 def augment(
     x:Tensor, # [B,3,S,S] in [-1,1]

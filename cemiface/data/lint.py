@@ -129,7 +129,7 @@ def look_all(
     n:int,          # images
     progress:bool=False,
 )->tuple[np.ndarray, dict[int, str]]: # `IMAGE_FACTS` [n], h = 0 where unreadable; what is wrong with those
-    "Read every image once, in threads; 21 bytes an image are kept."
+    "Read every image once, in threads; 21 bytes per image are kept."
     def one(i, alone=False):
         try:
             data = read(i)

@@ -95,12 +95,12 @@ GENERATORS = dict(
         attention=(False, False, False, False, True)))
 
 # %% ../../nbs/generation/02_conditioning.ipynb #f6e6fd7d
-def similarity_factors(m:float|list|Tensor, # one value, or one an image, in [-1,1]
+def similarity_factors(m:float|list|Tensor, # one value, or one per image, in [-1,1]
                        n:int, # images
                       )->Tensor: # [n] float32
-    "m as one value an image. ValueError if one lies outside [-1,1], or their number is neither 1 nor n."
+    "m as one value per image. ValueError if one lies outside [-1,1], or their number is neither 1 nor n."
     m = torch.as_tensor(m, dtype=torch.float32).flatten()
-    if len(m) not in (1, n): raise ValueError(f"m has {len(m)} values for {n} images: give one value, or one an image")
+    if len(m) not in (1, n): raise ValueError(f"m has {len(m)} values for {n} images: give one value, or one per image")
     wrong = m[~((m >= -1) & (m <= 1))]
     if len(wrong): raise ValueError(f"m = {wrong[0]:g} lies outside [-1, 1]: m is a cosine similarity")
     return m.expand(n)

@@ -52,7 +52,7 @@ def style_cells(
     size:int,     # of the image, pixels a side
     channels:int, # of the style map
 )->int: # a side of the grid
-    "DCFace's 5x5 cells at 112 px with 64 channels, carried over to as many numbers a pixel; at least 2x2."
+    "DCFace's 5x5 cells at 112 px with 64 channels, carried over to as many numbers per pixel; at least 2x2."
     return max(2, round(5*size/112*math.sqrt(64/channels)))
 
 # %% ../../nbs/generation/08_dcface.ipynb #511191ae
@@ -81,7 +81,7 @@ class DCFaceConditioner(ModelMixin, ConfigMixin):
 def portraits(
     emb:Tensor,    # [N,D] of the training images
     labels:Tensor, # int64 [N], dense from 0
-    nearest:int=4, # images a subject
+    nearest:int=4, # images per subject
 )->tuple[Tensor, Tensor]: # int64 [C,nearest], image indices, nearest to the centre first; int64 [C], how many of them count
     "The images of every subject that lie nearest to its centre (mean embedding)."
     cos = cos_to_centre(emb, labels, class_centres(emb, labels))
@@ -120,7 +120,7 @@ class DCFaceConfig(TrainingConfig):
     lambda_id:float = Field(.05, ge=0, description="weight of the identity loss")
     cells:int|None = Field(None, ge=1, description="a side of the style grid: 5 in the original; None: see style_cells")
     style_dropout:float = Field(.3, ge=0, lt=1, description="share of the style's numbers that a step leaves out")
-    portraits:int = Field(4, ge=2, description="images a subject, nearest to its centre, that the identity image is drawn from")
+    portraits:int = Field(4, ge=2, description="images per subject, nearest to its centre, that the identity image is drawn from")
 
 # %% ../../nbs/generation/08_dcface.ipynb #de3573e0
 def grid_of(
@@ -179,7 +179,7 @@ def train_dcface(
 )->tuple[UNet2DConditionModel, DCFaceConditioner]: # moving averages, on the CPU
     "Train the baseline with the loop of Algorithm 1. The same call goes on where an interrupted one stopped. ValueError for faces without pairs, and as `train_generator`."
     if not isinstance(recogniser, IResNet): raise ValueError(f"{type(recogniser).__name__} has no first stage to take a style from: give an IResNet")
-    if len(faces)==faces.n_subjects: raise ValueError(f"{faces.name} has one image a subject: DCFace learns from pairs of one subject, so give labelled faces with several images each")
+    if len(faces)==faces.n_subjects: raise ValueError(f"{faces.name} has one image per subject: DCFace learns from pairs of one subject, so give labelled faces with several images each")
     return train_generator(faces, recogniser, generator, config, out, init, progress, DCFace, log_with)
 
 # %% ../../nbs/generation/08_dcface.ipynb #31eb9fae
@@ -260,7 +260,7 @@ class DCFacePipeline(OwnModels, DiffusionPipeline):
                  embeddings:Tensor|None=None, # [B,D] instead of inquiries
                  m:None=None, # DCFace has no similarity factor; here so that callers need not tell the pipelines apart
                  num_inference_steps:int=20,
-                 generator:torch.Generator|list|None=None, # one for all, or one an image: draws the style, then the noise
+                 generator:torch.Generator|list|None=None, # one for all, or one per image: draws the style, then the noise
                  noise:Tensor|None=None, # [B,3,S,S], instead of drawing it
                  output_type:str="pil", # pil, pt ([-1,1]) or np (uint8)
                  return_dict:bool=True,
@@ -289,7 +289,7 @@ def style_grid(
     steps:int=20,
 )->Tensor: # uint8 [R,C,3,S,S]
     "Faces of one inquiry a row, with the row's noise, in each style (the DCFace rows of Figures 5 and 9). ValueError as the pipeline."
-    if len(seeds)!=len(inquiries): raise ValueError(f"{len(inquiries)} inquiries for {len(seeds)} seeds: give one a seed")
+    if len(seeds)!=len(inquiries): raise ValueError(f"{len(inquiries)} inquiries for {len(seeds)} seeds: give one per seed")
     emb, n = identity_embedding(pipe.recogniser, to_float(inquiries), None), len(styles)
     noise = image_noise(seeds, pipe.unet.config.sample_size)
     rows = [pipe(embeddings=e.expand(n, -1), styles=to_float(styles), noise=z.expand(n, -1, -1, -1), num_inference_steps=steps, output_type="pt").images for e, z in zip(emb, noise)]

@@ -91,7 +91,7 @@ SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler, 
 # %% ../../nbs/generation/01_diffusion.ipynb #a29845ed
 def starting_noise(shape:tuple, # of the images [B,3,S,S]
                    noise:Tensor|None, # as given; None: draw it
-                   generator:torch.Generator|list|None, # one for all, or one an image
+                   generator:torch.Generator|list|None, # one for all, or one per image
                    device:torch.device,
                    dtype:torch.dtype,
                   )->Tensor:
@@ -102,7 +102,7 @@ def starting_noise(shape:tuple, # of the images [B,3,S,S]
     return noise.to(device, dtype)
 
 # %% ../../nbs/generation/01_diffusion.ipynb #2445a16f
-def image_noise(seeds:list, # one an image
+def image_noise(seeds:list, # one per image
                 size:int, # pixels a side
                )->Tensor: # [B,3,size,size] standard normal, float32
     "Starting noise, each image from a stream of its own: the same on every device and in every order."

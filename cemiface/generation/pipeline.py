@@ -174,7 +174,7 @@ class CemiFacePipeline(OwnModels, DiffusionPipeline):
                  embeddings:Tensor|None=None, # [B,D] instead of inquiries
                  m:float|list|Tensor|None=None, # similarity factor, one or [B], in [-1,1]; None: 0, or what `similarity` needs
                  num_inference_steps:int=20,
-                 generator:torch.Generator|list|None=None, # one for all, or one an image
+                 generator:torch.Generator|list|None=None, # one for all, or one per image
                  noise:Tensor|None=None, # [B,3,S,S], instead of drawing it
                  output_type:str="pil", # pil, pt ([-1,1]) or np (uint8)
                  return_dict:bool=True,

@@ -61,7 +61,7 @@ def sample_m(
 class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     "How a diffusion model is trained, whatever it is told and what is asked of it."
     steps:int = Field(20_000, ge=1, description="optimiser steps")
-    batch_size:int = Field(64, ge=1, description="images a step, over all processes")
+    batch_size:int = Field(64, ge=1, description="images per step, over all processes")
     lr:float = Field(1e-4, gt=0, description="of AdamW, after the warm-up")
     warmup_steps:int = Field(500, ge=0, description="over which lr rises linearly")
     weight_decay:float = Field(0., ge=0, description="of AdamW")

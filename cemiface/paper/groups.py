@@ -149,7 +149,7 @@ FIGURE2 = ("Mean cosine to the centre is {first:.2f} in the most similar group a
 FACTORS = (" The rendering factors whose distance from the mean goes most with the cosine "
            "are {factors} (rank correlation).")
 
-def factor_ranks(factors:pd.DataFrame, # one row an image, a column a factor
+def factor_ranks(factors:pd.DataFrame, # one row per image, a column a factor
                  cos:pd.Series, # cosine of each image to its centre
                  )->pd.Series: # rank correlation by factor, the largest first
     "How the cosine goes with each factor's distance from its mean: a pose is as far to the left as to the right."

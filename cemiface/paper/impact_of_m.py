@@ -76,7 +76,7 @@ FIGURE5 = ("A row is one inquiry and one noise, and only m changes along it; "
 
 @result("Figure 5: the same noise, m from 1 to -1 (Section 4.3.2)", needs=lambda study: [study.control()])
 def figure5(study:Study, rows:int=6)->Finding:
-    "A row an inquiry and its noise, a column an m."
+    "A row per inquiry and its noise, a column an m."
     task, samples = study.control(), study.control().load()
     fig = plot_m_grid(samples["images"][:, :rows, 0].transpose(0, 1), samples["inquiry"][:rows], list(task.ms))
     means = dict(zip(task.ms, achieved(samples).mean((1, 2)).tolist()))

@@ -26,7 +26,7 @@ from .settings import ablation, WENT_ON
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #83582ee0
 SOURCES = {"WebFace": "webface_1shot", "DigiFace": "digiface", "DDPM": "ddpm", "Flickr": "flickr_1shot"}
 
-def from_source(study:Study, name:str, m=0., **how)->list: # a task a seed
+def from_source(study:Study, name:str, m=0., **how)->list: # a task per seed
     "Recognisers trained on sets whose inquiries come from one of SOURCES."
     return [study.set_training(m, seed, inquiries=study.inquiries(SOURCES[name]), **how) for seed in study.seeds]
 
@@ -61,7 +61,7 @@ table8 = ablation("table8", "Table 8: inquiry centres (Section B.1)", _table8, l
 # %% ../../nbs/paper/06_inquiry_sources.ipynb #1c424134
 def centre_table(cos_sim:dict, # kind of centre -> cosines to it [N,M], from high to low m
                  ms:tuple, # values of m
-                 )->pd.DataFrame: # a row a kind
+                 )->pd.DataFrame: # a row per kind
     "Mean achieved cosine at each m, how far it falls from the first m to the last, and the standard error of that."
     spans = {k: c[:, 0] - c[:, -1] for k, c in cos_sim.items()}
     return pd.DataFrame([{"centre": k, **{f"m = {m:g}": v for m, v in zip(ms, c.mean(0).tolist())},
@@ -76,7 +76,7 @@ def plot_rows(first:list, # of each row: its inquiry, uint8 [3,S,S]; or text whe
               names:list[str], # of the columns
               apart:int=0, # so many columns stand apart, at the end
               )->Figure:
-    "A row an inquiry, its images with their cosines."
+    "A row per inquiry, its images with their cosines."
     (R, C), minus = cos.shape, lambda text: text.replace("-", "\N{MINUS SIGN}")
     gaps, columns = {1, C + 2 - apart} if apart else {1}, C + (3 if apart else 2)
     widths = [.2 if j in gaps else 1 for j in range(columns)]

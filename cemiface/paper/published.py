@@ -95,7 +95,7 @@ def _check_columns(measured:pd.DataFrame, paper:pd.DataFrame, on:list[str], pair
 
 # %% ../../nbs/paper/01_published.ipynb #e3eb7d2b
 def beside(
-    measured:pd.DataFrame, # one row a result; may repeat a row's key, for instance once a seed
+    measured:pd.DataFrame, # one row per result; may repeat a row's key, for instance once per seed
     name:str, # one of `published_names()`
     on:str|list[str], # column(s) that name a row in both
     columns:dict[str, str]|list[str]|None=None, # what to compare (measured -> published, where the names differ); None: all that both have

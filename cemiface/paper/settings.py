@@ -94,7 +94,7 @@ def ablation(name:str, # of a published table
     return result(title, needs=lambda study: [t for tasks in rows(study).values() for t in tasks])(make)
 
 # %% ../../nbs/paper/05_settings.ipynb #48b5081a
-def trainings(study:Study, m, **settings)->list: # a task a seed
+def trainings(study:Study, m, **settings)->list: # a task per seed
     "Recognisers trained on sets at m, drawn by a generator with these settings of `SimMatConfig`."
     return [study.set_training(m, seed, generator=study.variant(**settings)) for seed in study.seeds]
 

@@ -71,7 +71,7 @@ DYNAMICS_MS = (0.7, 0.0, -0.5)
 def _trainings(study:Study)->dict: # m -> task of each seed
     return {m: [study.dynamics(m, s) for s in study.seeds] for m in DYNAMICS_MS}
 
-def history_summary(history:pd.DataFrame, # a row an epoch: epoch, loss, AVG
+def history_summary(history:pd.DataFrame, # a row per epoch: epoch, loss, AVG
                     )->dict: # numbers of one training
     "Epoch of the best AVG (the first of equals), best and last AVG, first and last loss."
     best, last = history.loc[history.AVG.idxmax()], history.iloc[-1]
@@ -79,7 +79,7 @@ def history_summary(history:pd.DataFrame, # a row an epoch: epoch, loss, AVG
                 first_loss=history.loss.iloc[0], final_loss=last.loss)
 
 # %% ../../nbs/paper/08_training.ipynb #db80a369
-def over_histories(histories:dict, # m -> histories, one a seed
+def over_histories(histories:dict, # m -> histories, one per seed
                    )->pd.DataFrame: # a row an m
     "Mean of `history_summary` over seeds, and the standard deviation of each number."
     rows = {m: pd.DataFrame([history_summary(h) for h in hs]) for m, hs in histories.items()}
@@ -107,7 +107,7 @@ def dynamics_facts(table:pd.DataFrame, # of `over_histories`: m = 0.7, 0 and -0.
 
 # %% ../../nbs/paper/08_training.ipynb #0b17feee
 @figure_style()
-def plot_dynamics(histories:dict, # m -> histories, one a seed
+def plot_dynamics(histories:dict, # m -> histories, one per seed
                   title:str, # after "AVG by epoch"
                   )->Figure:
     "AVG and loss by epoch: mean and range of seeds, the mean's best epoch marked, drops of the learning rate dashed."

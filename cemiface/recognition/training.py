@@ -54,7 +54,7 @@ class RecogniserConfig(BaseModel, extra="forbid", frozen=True):
     margin_s: float = Field(64., gt=0, description="its scale")
     margin_gradient: bool = Field(True, description="of ArcFace: differentiate the margin; False: InsightFace's form")
     epochs: int = Field(40, ge=1, description="passes over the set")
-    batch_size: int = Field(512, ge=2, description="images a step, over all processes")
+    batch_size: int = Field(512, ge=2, description="images per step, over all processes")
     lr: float = Field(.1, gt=0, description="learning rate of SGD")
     milestones: tuple[float, ...] = Field((26 / 40, 34 / 40), description="where the learning rate is divided by 10, as fractions of the training")
     warmup_steps: int = Field(100, ge=0, description="steps over which the learning rate rises linearly; at most a tenth of the training")
@@ -171,7 +171,7 @@ class Trained:
     "A trained recogniser."
     model: IResNet # the backbone, in evaluation mode
     centres: Tensor|None # [C,D], normalised rows of the classification weight; None: not known
-    history: pd.DataFrame # a row an epoch; empty: not known
+    history: pd.DataFrame # a row per epoch; empty: not known
     config: RecogniserConfig|None # that made it; None: not known
     source: dict = field(default_factory=dict) # where the weights come from, if not from a training here
 
@@ -471,7 +471,7 @@ def embed(
 EVERY_RUN = ("epoch", "loss", "accuracy", "lr", "seconds") # columns of a history without `evaluate`
 
 def judging_column(
-    history:pd.DataFrame, # a row an epoch
+    history:pd.DataFrame, # a row per epoch
     by:str|None=None, # column; None: AVG where there is one, else the last that `evaluate` gave
 )->str|None: # column that epochs are judged by; None: nothing was evaluated
     "ValueError if there is no such column."
@@ -481,7 +481,7 @@ def judging_column(
 
 # %% ../../nbs/recognition/03_training.ipynb #8264eb64
 def last_and_best(
-    history:pd.DataFrame, # a row an epoch
+    history:pd.DataFrame, # a row per epoch
     by:str|None=None, # column in which more is better; None: AVG, or the last that `evaluate` gave
 )->pd.DataFrame: # rows last and best
     "The last epoch, and the best by one column. ValueError if nothing was evaluated."
@@ -511,7 +511,7 @@ def plot_history(
 # %% ../../nbs/recognition/03_training.ipynb #4e9db345
 def plot_evaluation(
     ax, # matplotlib axes
-    history:pd.DataFrame, # a row an epoch
+    history:pd.DataFrame, # a row per epoch
     by:str, # column that marks the best epoch
 ):
     "What `evaluate` gave by epoch: one column in front, the others behind it."

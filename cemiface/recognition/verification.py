@@ -293,7 +293,7 @@ def evaluate(model:torch.nn.Module, # recogniser: [B,3,S,S] in [-1,1] -> [B,D]
     return results_table(verify_sets(model, benchmarks, batch_size, **how))
 
 # %% ../../nbs/recognition/05_verification.ipynb #1e4a8630
-def table_over_seeds(tables:list[pd.DataFrame], # of `evaluate`, one a seed
+def table_over_seeds(tables:list[pd.DataFrame], # of `evaluate`, one per seed
     column:str="accuracy",
     level:float=.95, # of the interval
 )->pd.DataFrame: # one row a set; columns mean, std, ci_low, ci_high, seeds

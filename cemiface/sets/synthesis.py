@@ -51,7 +51,7 @@ def inquiry_embeddings(pipe:CemiFacePipeline,
     images = inquiries if isinstance(inquiries, Tensor) else inquiries.images
     if not len(images): raise ValueError("no inquiry: the set of inquiries is empty")
     if not isinstance(inquiries, Tensor) and len(set(inquiries.labels.tolist())) < len(images):
-        raise ValueError(f"{len(images)} inquiries of {inquiries.n_subjects} subjects: each inquiry becomes a subject of its own, so give one image a subject (per_subject=1)")
+        raise ValueError(f"{len(images)} inquiries of {inquiries.n_subjects} subjects: each inquiry becomes a subject of its own, so give one image per subject (per_subject=1)")
     h, emb = hashlib.blake2b(digest_size=16), torch.zeros(len(images), pipe.recogniser.config.emb_dim)
     for rows in torch.arange(len(images)).split(batch_size):
         part = images[rows]

@@ -30,7 +30,7 @@ class Cluster(BaseModel, extra="forbid", frozen=True):
     kind: Literal["local", "slurm"] = Field(description="processes of this machine, or jobs of Slurm")
     partition: str | None = Field(None, description="Slurm's partition; None: its default")
     gpus: int = Field(0, ge=0, description="of a job")
-    processes: int = Field(1, ge=1, description="of a job; one a GPU, where it has any")
+    processes: int = Field(1, ge=1, description="of a job; one per GPU, where it has any")
     cpus: int = Field(1, ge=1, description="cores, and so threads, of a process")
     time: int | None = Field(None, ge=1, description="minutes that a job may take; None: the partition's default, and no limit on this machine")
     retries: int = Field(1, ge=0, description="how often a job that died is given again")

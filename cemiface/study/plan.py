@@ -120,7 +120,7 @@ def plan(study:Study, results:list[Result], jobs:int=1, bench:tuple=(), cluster:
     return steps
 
 def show_plan(steps:list[Step])->str:
-    "The plan as text: one line a kind of task."
+    "The plan as text: one line per kind of task."
     lines, kinds = [], {}
     for s in steps: kinds.setdefault(type(s.task).__name__, []).append(s)
     for of in kinds.values():
