@@ -72,7 +72,8 @@ def control(study:Study)->Finding:
 
 # %% ../../nbs/paper/04_impact_of_m.ipynb #beb4b815
 FIGURE5 = ("A row is one inquiry and one noise, and only m changes along it; "
-           "the mean achieved cosine over {inquiries} inquiries goes from {first:.2f} at m = {high:g} to {last:.2f} at m = {low:g}.")
+           "the mean achieved cosine over {inquiries} inquiries goes "
+           "from {first:.2f} at m = {high:g} to {last:.2f} at m = {low:g}.")
 
 @result("Figure 5: the same noise, m from 1 to -1 (Section 4.3.2)", needs=lambda study: [study.control()])
 def figure5(study:Study, rows:int=6)->Finding:
