@@ -53,6 +53,7 @@ def imported_by_cells(path): # top-level packages that a notebook imports at the
 def test_notebook_is_fit_to_publish(path):
     assert path.stat().st_size <= 500_000, "over 500 KB: fewer or smaller figures"
     assert not [o for c in cells(path) for o in c["outputs"] if o["output_type"] == "error"]
+    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"], "the state of widgets, such as bars: remove it"
     for text in (re.sub(r"data:image/\w+;base64,[\w+/=]+", "", text) for text in output_texts(path)): # pictures in a page
         assert not ABSOLUTE.search(text), f"an absolute path in an output: {ABSOLUTE.search(text)[0]}"
         assert not PROGRESS.search(text), f"a progress bar in an output: {PROGRESS.search(text)[0]}"
