@@ -13,6 +13,7 @@ from cemiface.recognition.backbones import backbone
 from cemiface.audit.card import write_card
 from cemiface.data.faceset import FaceSet, to_float
 from cemiface.generation.dcface import DCFace, DCFaceConditioner, DCFaceConfig, DCFacePipeline, StyleBank, identity_image, identity_loss, patch_statistics, portraits, start_from, style_bank, style_cells, style_grid, style_map, train_dcface
+from cemiface.generation import shipped
 from cemiface.generation.shipped import load_beside, save_beside, shipped_dcface
 from cemiface.data.images import decode_image
 from cemiface.sets.stored import regenerate, verify_set
@@ -379,7 +380,7 @@ def test_shipped_baseline(monkeypatch, tmp_path):
     drawn = draw(pipe, emb, None, list(range(16)), steps=5)
     cos = identity_embedding(pipe.recogniser, to_float(drawn), None) @ emb.T
     assert (cos.argmax(1) == torch.arange(16)).float().mean() > .9  # who was asked for is recognised among sixteen
-    monkeypatch.setattr(cemiface, "__file__", str(tmp_path/"__init__.py"))
+    monkeypatch.setattr(shipped, "WEIGHTS", tmp_path)
     with pytest.raises(OSError, match="install a release that holds them"): shipped_dcface()
 
 

@@ -123,7 +123,7 @@ def test_nothing_real_is_called_procedural(made):
     assert "89 images of 12 subjects" in page and "recogniser.ckpt" in page  # where the numbers come from
     assert {"LFW", "LFW published", "AVG", "AVG published"} <= set(found["table1"].table) and "proc" not in " ".join(found["table11"].table)
     measured = found["figure4"].figure.axes[0]
-    assert measured.get_title() == "measured, profile paper" and "same benchmarks" in found["figure4"].text
+    assert measured.get_title() == "measured, photographs" and "proc" not in found["figure4"].text
 
 
 def test_challenging_photos_of_other_people_are_measured_by_what_needs_no_clear_photo(made):

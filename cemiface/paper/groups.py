@@ -105,7 +105,7 @@ def plot_accuracy(table:pd.DataFrame, # `on`, every benchmark and AVG, each with
     if paper is None: paper = table[[on, *(f"{n} published" for n in names)]].set_axis([on, *names], axis=1)
     fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.3))
     colours = dict(zip(names, [*sns.color_palette("colorblind", len(BENCHMARKS)), "black"]))
-    for ax, t, title in zip(axes, (ours, paper), ("measured", "published, photographs")):
+    for ax, t, title in zip(axes, (ours, paper), ("measured, photographs", "published, photographs")):
         long = t.melt(on, names, "benchmark", "accuracy, percent")
         sns.lineplot(long, x=on, y="accuracy, percent", hue="benchmark", palette=colours, size="benchmark",
                      sizes={n: 2 if n == "AVG" else 1 for n in names}, ax=ax, legend=ax is axes[0])
