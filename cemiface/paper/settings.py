@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEST', 'ORDER', 'WENT_ON', 'IN_FULL', 'LONGER', 'table2', 'table3', 'table13', 'table14', 'LOSSES', 'NEW_RECOGNISERS',
-           'table_pretrained_loss', 'settings_table', 'least_words', 'settings_facts', 'plot_settings', 'ablation',
-           'trainings']
+           'table_pretrained_loss', 'settings_table', 'plot_settings', 'ablation', 'trainings']
 
 # %% ../../nbs/paper/05_settings.ipynb #cec55135
 from typing import Callable
@@ -19,7 +18,7 @@ from ..core.report import Finding
 from ..study.results import result
 from ..study.study import Study
 from .published import trusted
-from .statistics import behind, least_difference, over_seeds, rank_agreement
+from .statistics import best_facts, over_seeds
 
 # %% ../../nbs/paper/05_settings.ipynb #69de62f4
 def settings_table(runs:dict, # name of a setting -> task results, a seed each
@@ -37,22 +36,6 @@ BEST = ('The best of {rows} is "{best}" (AVG {avg:.2f}), ahead of {behind} of th
         'by more than the least significant difference ({least_words}); '
         'in the paper it is "{published_best}" ({published:.2f}; here {here:.2f}). ')
 ORDER = "The rank correlation with the paper is {rank} over {compared} settings. "
-
-def least_words(least:float, # of `least_difference`
-                )->str:
-    "The least significant difference for a sentence: one seed has none."
-    return f"{least:.2f}" if least == least else "unknown with one seed"
-
-def settings_facts(table:pd.DataFrame, # of `settings_table`
-                   seeds:int, # of each setting
-                   )->dict: # fills BEST and ORDER
-    "Best setting here and in the paper, what it is ahead of, and whether the orders agree."
-    avg, least = table.set_index("setting").AVG, least_difference(table.AVG_sd, seeds)
-    paper = table.set_index("setting")["AVG published"].dropna()
-    return dict(rows=len(avg), best=avg.idxmax(), avg=avg.max(), behind=len(behind(avg, least)),
-                least=least, least_words=least_words(least),
-                published_best=paper.idxmax(), published=paper.max(), here=avg[paper.idxmax()],
-                rank=rank_agreement(avg[paper.index], paper), compared=len(paper))
 
 # %% ../../nbs/paper/05_settings.ipynb #a66c645e
 @figure_style()
@@ -86,7 +69,7 @@ def ablation(name:str, # of a published table
     def make(study:Study)->Finding:
         runs = {k: [t.run() for t in tasks] for k, tasks in rows(study).items()}
         table, p = settings_table(runs, trusted(name).AVG.iloc[printed].tolist()), study.profile
-        facts = settings_facts(table, len(study.seeds)) | dict(batch=p.simmat.batch_size)
+        facts = best_facts(table, "setting", len(study.seeds)) | dict(batch=p.simmat.batch_size)
         if p.variant_steps: facts |= dict(steps=p.variant_steps, longer=LONGER * p.variant_steps)
         says = BEST + ORDER + (note if p.variant_steps or not note else IN_FULL)
         return Finding(says.strip(), table, plot_settings(table, facts["least"], study.real), facts)

@@ -19,8 +19,8 @@ from ..recognition.backbones import backbone
 from ..study.results import result
 from ..study.study import Study
 from .published import beside, published
-from .settings import BEST, least_words, settings_facts
-from .statistics import agreement, least_difference, over_seeds, verdict
+from .settings import BEST
+from .statistics import agreement, best_facts, least_difference, least_words, over_seeds, verdict
 
 # %% ../../nbs/paper/08_training.ipynb #85a8ed9c
 NETWORKS = {"IR-18": "ir18", "IR-SE-50": "irse50", "IR-SE-100": "irse100"} # the paper's name: ours
@@ -40,7 +40,7 @@ def network_facts(table:pd.DataFrame, # backbone, AVG, AVG_sd, AVG published
                   seeds:int, # of each network
                   )->dict: # fills BEST and STEPS10
     "Which network is best, what each adds to the one before, and whether that agrees with the paper."
-    facts = settings_facts(table.rename(columns={"backbone": "setting"}), seeds)
+    facts = best_facts(table, "backbone", seeds)
     steps = table.set_index("backbone")[["AVG", "AVG published"]].diff()
     return facts | dict(step=steps.AVG.to_dict(), published_step=steps["AVG published"].to_dict(),
                         agrees={k: agreement(s.AVG, facts["least"], s["AVG published"]) for k, s in steps.iterrows()})
