@@ -1,4 +1,4 @@
-"""A step of the documentation site, named in settings.ini: a code block shows code, where nbdev has put links around names."""
+"""Steps of the documentation site, named in settings.ini: code blocks show code, and pages of results fold theirs."""
 import re
 
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
@@ -10,3 +10,12 @@ def plain_code(cell): # a cell of a notebook that nbdev is processing
     for out in cell.get("outputs", []):
         if text := "".join(out.get("data", {}).get("text/markdown", "")):
             out["data"]["text/markdown"] = FENCE.sub(lambda block: LINK.sub(r"\1", block[0]), text).splitlines(keepends=True)
+
+
+class FoldResults:
+    "Fold the code of a notebook of results: its text, tables and figures are what a reader comes for."
+    def __init__(self, nb): self.nb = nb
+    def end(self):
+        front, *rest = self.nb.cells # nbdev has put title and description on top
+        if not any("found = shown(" in c.source for c in rest if c.cell_type == "code"): return
+        front.source = front.source.replace("---\n", "---\ncode-fold: true\n", 1)

@@ -6,7 +6,7 @@ import pytest
 
 from cemiface.study.study import Study
 from cemiface.paper.published import published_names
-from cemiface.paper.reproduce import RESULTS, list_results
+from cemiface.paper.reproduce import RESULTS, list_results, make_once, shared_cache
 
 TABLES = [f"table{i}" for i in range(1, 15)] + ["table_pretrained_loss"]
 FIGURES = [f"figure{i}" for i in range(1, 10)]
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def made(tmp_path_factory): # folder, what the command said
     out = tmp_path_factory.mktemp("all")
+    make_once(list(RESULTS.values()), Study("smoke", out, 2), Study("smoke", shared_cache(), 2), make=False) # what notebooks have made need not be made again
     ran = subprocess.run([*COMMAND, "--out", str(out)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     return out, ran.stdout + ran.stderr

@@ -2,6 +2,7 @@
 import ast, configparser, importlib.resources, json, os, re, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from packaging.requirements import Requirement
 import check_site
 import cemiface
 import pages
-from cemiface._docs import plain_code
+from cemiface._docs import FoldResults, plain_code
 from readme import ROOT, readme, relink
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))
@@ -53,6 +54,8 @@ def imported_by_cells(path): # top-level packages that a notebook imports at the
 def test_notebook_is_fit_to_publish(path):
     assert path.stat().st_size <= 500_000, "over 500 KB: fewer or smaller figures"
     assert not [o for c in cells(path) for o in c["outputs"] if o["output_type"] == "error"]
+    title = next(text for c in cells(path, "markdown") if (text := "".join(c["source"])).startswith("# "))
+    assert re.fullmatch(r"# .+\n+> .+", title.strip()), "the site takes title and line from this cell and drops the rest of it: a cell of its own"
     assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"], "the state of widgets, such as bars: remove it"
     for text in (re.sub(r"data:image/\w+;base64,[\w+/=]+", "", text) for text in output_texts(path)): # pictures in a page
         assert not ABSOLUTE.search(text), f"an absolute path in an output: {ABSOLUTE.search(text)[0]}"
@@ -153,10 +156,14 @@ def test_gallery_shows_the_committed_figures():
     assert set(pictures) == set((ROOT / "nbs/images/gallery").glob("*")) and sum(p.stat().st_size for p in pictures) < 400_000
 
 
+def page_text(made, name): # what its one code cell puts out
+    return next("".join(c["outputs"][0]["data"]["text/markdown"]) for c in json.loads(made[ROOT / f"nbs/{name}.ipynb"])["cells"] if c["cell_type"] == "code")
+
+
 def test_results_at_a_glance_names_every_result(made):
     from importlib import import_module
     from cemiface.paper.reproduce import RESULTS
-    text = "".join(json.loads(made[ROOT / "nbs/results.ipynb"])["cells"][1]["outputs"][0]["data"]["text/markdown"])
+    text = page_text(made, "results")
     rows = re.findall(r"^\| (.+?) \| `cemiface reproduce (\w+)` \| \[.+?\]\((\S+)\) \| \[?(\w+)\.(\w+)(?:\]\(\S+\))? \|$", text, re.M)
     assert {r[1]: r[0] for r in rows} == {n: r.title for n, r in RESULTS.items()} and len(rows) == text.count("\n") - 1
     for _, name, path, module, function in rows:
@@ -168,7 +175,7 @@ def test_commands_page_names_every_command(made):
     import typer
     from cemiface.cli.app import app
     walk = lambda group, words: [words, *(o for n, c in getattr(group, "commands", {}).items() for o in walk(c, [*words, n]))]
-    text = "".join(json.loads(made[ROOT / "nbs/commands.ipynb"])["cells"][1]["outputs"][0]["data"]["text/markdown"])
+    text = page_text(made, "commands")
     assert re.findall(r"^## (.+)$", text, re.M) == [" ".join(o) for o in walk(typer.main.get_command(app), ["cemiface"])]
     assert text.count("Usage: cemiface") == text.count("## cemiface")
 
@@ -199,6 +206,14 @@ def test_code_blocks_on_the_site_are_plain():
         plain_code(cell := dict(outputs=[dict(data={"text/markdown": text}), dict(text="stream")]))
         assert "".join(cell["outputs"][0]["data"]["text/markdown"]) == f"{linked}\n\n```python\ndef f(x): # `a`\n```\n"
     plain_code(dict(cell_type="markdown", source="no outputs"))
+
+
+def test_code_of_results_is_folded_on_the_site():
+    cell = lambda kind, source: SimpleNamespace(cell_type=kind, source=source)
+    for code, folded in (('found = shown(["table1"])', True), ("def shown(names): ...", False)):
+        nb = SimpleNamespace(cells=[cell("raw", "---\ntitle: A\n---\n"), cell("markdown", "found = shown()"), cell("code", code)])
+        FoldResults(nb).end()
+        assert nb.cells[0].source == "---\n" + "code-fold: true\n" * folded + "title: A\n---\n"
 
 
 def test_relink():

@@ -13,7 +13,7 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 
-from ..core.report import Finding
+from ..core.report import counted, Finding
 from ..study.results import result
 from ..study.study import Study
 from .inquiry_sources import from_source
@@ -132,7 +132,7 @@ def claims_table(study:Study)->pd.DataFrame: # claim, where, pair, published, me
 
 # %% ../../nbs/paper/10_claims.ipynb #45054172
 VERDICTS = ("Of {claims} claims: {verdicts}. A claim holds if all its pairs differ in AVG with its sign by more than "
-            "the least significant difference (±: 95%, {seeds} seed(s), pooled over all settings compared), and does "
+            "the least significant difference (±: 95%, {seeds}, pooled over all settings compared), and does "
             "not hold if one differs with the other sign.")
 
 def verdict_facts(table:pd.DataFrame)->dict: # of `claims_table`
@@ -147,4 +147,4 @@ def _needs(study:Study)->list: return [t for c in CLAIMS for ts in c.runs(study)
 def claims(study:Study)->Finding:
     "The claims of the paper, each with published and measured numbers, an interval and a verdict."
     table = claims_table(study)
-    return Finding(VERDICTS, table, facts=verdict_facts(table) | dict(seeds=len(study.seeds)))
+    return Finding(VERDICTS, table, facts=verdict_facts(table) | dict(seeds=counted(len(study.seeds), "seed")))

@@ -4,27 +4,30 @@
 
 # %% auto #0
 __all__ = ['CORE', 'missing', 'missing_text', 'makeable', 'chosen_results', 'list_results', 'findings_of', 'about_run',
-           'artifacts', 'page', 'reproduce', 'summary', 'fingerprint', 'shown']
+           'artifacts', 'page', 'reproduce', 'summary', 'fingerprint', 'shared_cache', 'make_once', 'shown']
 
 # %% ../../nbs/paper/11_reproduce.ipynb #c6e21fee
-import hashlib, json, os, platform, re, sys, tempfile, time
+import hashlib, json, os, platform, re, shutil, sys, tempfile, time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..core.files import write_whole
 from ..core.machine import default_device, device_name
-from ..core.report import Finding, duration, html_page, write_finding
+from ..core.report import counted, Finding, duration, html_page, write_finding
 from ..study.jobs import Cluster, gpu_shares
 from ..study.plan import gpus_of, plan, show_plan, show_results
 from ..study.profiles import Profile
 from ..study.results import RESULTS, Result
-from ..study.run import default_jobs, run_steps
+from ..study.run import run_steps
 from ..study.study import Study
-from ..study.tasks import in_order
+from ..study.tasks import in_order, parts
 from ..study.user_files import Entry
 
 # %% ../../nbs/paper/11_reproduce.ipynb #670c85bf
@@ -133,7 +136,7 @@ def reproduce(
     if lacking: say(missing_text(lacking)), sys.stdout.flush() # an error may follow
     if not dry_run: chosen = makeable(study, chosen, lacking)
     steps, gpus = plan(study, chosen, jobs, bench, cluster), gpus_of(bench, cluster)
-    say(f"cemiface reproduce: profile {study.name} ({study.profile.size} px) on {'the machine of ' + ', '.join(map(str, bench)) if bench else cluster or default_device()}, {seeds} seed(s), {len(chosen)} results, {jobs} at a time\n"
+    say(f"cemiface reproduce: profile {study.name} ({study.profile.size} px) on {'the machine of ' + ', '.join(map(str, bench)) if bench else cluster or default_device()}, {counted(len(chosen), 'result')} by {counted(seeds, 'seed')}, {jobs} at a time\n"
         f"{show_plan(steps)}\n  in all about {duration(sum(s.seconds for s in steps) / jobs)}{f' ({gpus * sum(s.seconds for s in steps) / 3600:,.1f} GPU-hours)' if gpus else ''}; everything is kept in {study.out/'cache'}")
     if dry_run: return say(show_results(study, chosen, steps, gpus)) or {}
     try: failed = run_steps(study, steps, say, progress, jobs, cluster)
@@ -162,15 +165,50 @@ def fingerprint(study:Study, names:list[str])->str: # 8 hex digits
     settings = sorted(json.dumps(t.infra.config(uid=True, exclude_defaults=True), sort_keys=True, default=str) for t in tasks)
     return hashlib.sha256("\n".join(settings or [study.profile.model_dump_json()]).encode()).hexdigest()[:8]
 
+# %% ../../nbs/paper/11_reproduce.ipynb #5c0e91d3
+def shared_cache()->Path: # for `Study`
+    "Folder that only this user can open, for what today's code makes; another where that cannot be had."
+    state = hashlib.sha256(" ".join([sys.version, device_name(), *map(version, ("torch", "diffusers", "numpy"))]).encode())
+    for p in sorted(files("cemiface").rglob("*")):
+        if p.suffix in (".py", ".json", ".safetensors"): state.update(p.read_bytes())
+    folder = Path.home()/".cache/cemiface/results"/state.hexdigest()[:16]
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    os.utime(folder)
+    for other in folder.parent.iterdir(): # of a package that nobody has used for a day
+        if time.time() - other.stat().st_mtime > 86400: shutil.rmtree(other, ignore_errors=True)
+    private = folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & 0o077
+    return folder if private else Path(tempfile.mkdtemp())
+
+def _link(folder:Path, to:Path):
+    folder.rmdir() # it is empty
+    folder.symlink_to(to)
+
+def make_once(results:list[Result],
+              study:Study, # gets links to what they need
+              shared:Study, # the same study in another folder, which other processes may use at the same time
+              make:bool=True, # False: link what is there
+              ):
+    "Make what results need in the cache of `shared`, each task by one process, and link it into that of `study`."
+    needed = lambda s: in_order([t for r in results for t in r.needs(s)])
+    todo = {theirs.infra.uid(): (mine, theirs) for mine, theirs in zip(needed(study), needed(shared))}
+    while todo:
+        for uid, (mine, theirs) in list(todo.items()):
+            if any(p.infra.uid() in todo for p in parts(theirs)): continue
+            with suppress(Timeout), FileLock(theirs.folder/"lock", timeout=.1): # where another makes it, go on with the next
+                if make: theirs.run()
+                if theirs.infra.status() == "completed": _link(mine.folder, theirs.folder)
+                del todo[uid]
+
+# %% ../../nbs/paper/11_reproduce.ipynb #5c0e91d4
 def shown(names:list[str])->dict[str, Finding]: # by name
     "Findings for a notebook, under a line that says which profile, device, seeds and settings they are of. Of a result that makes do with what is there, nothing is made."
     from IPython.display import Markdown, display
     # the run that the environment names, or a small one made here
     profile, out, seeds, data = (os.environ.get(f"CEMIFACE_{k}", v) for k, v in dict(PROFILE="smoke", OUT="", SEEDS="1", DATA="").items())
-    study, results = Study(profile, out or tempfile.mkdtemp(), int(seeds), data=data or None), chosen_results(names)
-    make = [r.name for r in results if not r.partial]
-    if make and not out: reproduce(profile, make, study.out, int(seeds), jobs=default_jobs(), say=lambda line: None, progress=False, data=data or None)
-    display(Markdown(f"*{', '.join(names)}: profile `{study.name}`, {study.profile.size} px, {seeds} seed{'s' * (seeds != '1')}, {device_name()}, settings `{fingerprint(study, names)}`*"))
+    study_in, results = lambda folder: Study(profile, folder, int(seeds), data=data or None), chosen_results(names)
+    study = study_in(out or tempfile.mkdtemp())
+    if not out: make_once([r for r in results if not r.partial], study, study_in(shared_cache()))
+    display(Markdown(f"*{', '.join(names)}: profile `{study.name}`, {study.profile.size} px, {counted(int(seeds), 'seed')}, {device_name()}, settings `{fingerprint(study, names)}`*"))
     # what it has not made is named with its command
     ready = [r for r in results if r.partial or all(t.infra.status() == "completed" for t in in_order(r.needs(study)))]
     lacking = {r.name: Finding(f"Not made yet at this profile: `cemiface reproduce {r.name} --profile {study.name}` makes it; add `--dry-run` to see how long that takes.") for r in results if r not in ready}
