@@ -163,7 +163,7 @@ def test_a_step_uses_the_pair_the_mirror_and_the_dropout():
     x = to_float(data.images[:8])
     x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     (emb_id, style), (loss_id, emb_style) = task.condition(x, flip, index, pick, flip_id, keep)
-    who = identity_image(index, data.labels[:8], pick, task.found, task.count)
+    who = identity_image(index, data.labels[:8], pick, task.nearest, task.count)
     portrait = to_float(data.images[who])
     with torch.no_grad():
         assert torch.allclose(emb_style, F.normalize(net(x), dim=1), atol=1e-5)

@@ -95,12 +95,12 @@ def identity_image(
     index:Tensor, # int64 [B], of the style images
     label:Tensor, # int64 [B], their subjects
     pick:Tensor,  # [B] in [0,1), which of the portraits
-    found:Tensor, # int64 [C,nearest], of `portraits`
+    nearest:Tensor, # int64 [C,nearest], of `portraits`
     count:Tensor, # int64 [C]
 )->Tensor: # int64 [B]
     "A portrait of the same subject; never the style image itself, unless it is the subject's only image."
     k = (pick*count[label]).long()
-    one, other = found[label, k], found[label, (k+1) % count[label]]
+    one, other = nearest[label, k], nearest[label, (k+1) % count[label]]
     return torch.where(one==index, other, one)
 
 # %% ../../nbs/generation/08_dcface.ipynb #d2bf8c30
@@ -147,7 +147,7 @@ class DCFace:
         self.recogniser, self.config, self.weight = recogniser, config, config.lambda_id
         self.emb_both = embed_both(recogniser, faces, 256, device, progress, config.flip)
         self.labels = faces.labels.to(device)
-        self.found, self.count = (v.to(device) for v in portraits(self.emb_both[0].cpu(), faces.labels, config.portraits))
+        self.nearest, self.count = (v.to(device) for v in portraits(self.emb_both[0].cpu(), faces.labels, config.portraits))
         self.style_shape = (grid_of(recogniser, config.cells)**2, 2*recogniser.config.width)
 
     def draw(self, images:Tensor, generator:torch.Generator)->tuple: # flip, t, pick, flip of the identity image, what of the style to keep, eps
@@ -157,7 +157,7 @@ class DCFace:
         return flip, torch.randint(self.config.T, (n,), **kw), torch.rand(n, **kw), flip_id, keep, torch.randn(images.shape, **kw)
 
     def condition(self, x:Tensor, flip:Tensor, index:Tensor, pick:Tensor, flip_id:Tensor, keep:Tensor)->tuple: # what the conditioner gets, and the loss
-        who = identity_image(index, self.labels[index], pick, self.found, self.count)
+        who = identity_image(index, self.labels[index], pick, self.nearest, self.count)
         emb_id, emb_style = self.emb_both[flip_id.long(), who], self.emb_both[flip.long(), index]
         with torch.no_grad(): style = patch_statistics(style_map(self.recogniser, x), math.isqrt(self.style_shape[0]))
         return (emb_id, style*keep), (emb_id, emb_style)
@@ -229,10 +229,10 @@ def style_bank(
 )->StyleBank:
     "The styles of a set."
     device, cells = next(recogniser.parameters()).device, grid_of(recogniser, cells)
-    chosen = torch.linspace(0, len(faces)-1, min(images, len(faces))).round().long()
+    index = torch.linspace(0, len(faces)-1, min(images, len(faces))).round().long()
     recogniser.eval()
-    bank = StyleBank(images=len(chosen), cells=cells, channels=recogniser.config.width)
-    parts = [patch_statistics(style_map(recogniser, to_float(faces.images[i].to(device))), cells).cpu() for i in chosen.split(batch_size)]
+    bank = StyleBank(images=len(index), cells=cells, channels=recogniser.config.width)
+    parts = [patch_statistics(style_map(recogniser, to_float(faces.images[i].to(device))), cells).cpu() for i in index.split(batch_size)]
     bank.statistics.copy_(torch.cat(parts))
     return bank.eval()
 
@@ -270,8 +270,8 @@ class DCFacePipeline(OwnModels, DiffusionPipeline):
         if m is not None: raise ValueError("DCFace has no similarity factor: leave m out")
         emb = identity_embedding(self.recogniser, inquiries, embeddings, self._execution_device)
         shape = (len(emb), self.unet.config.in_channels, *[self.unet.config.sample_size]*2)
-        for name, given in (("generators", generator if isinstance(generator, list) else None), ("styles", styles)):
-            if given is not None and len(given)!=len(emb): raise ValueError(f"{len(given)} {name} for {len(emb)} images")
+        for name, values in (("generators", generator if isinstance(generator, list) else None), ("styles", styles)):
+            if values is not None and len(values)!=len(emb): raise ValueError(f"{len(values)} {name} for {len(emb)} images")
         style = self.bank.draw(len(emb), generator) if styles is None else self.styles_of(styles)
         tokens = self.conditioner(emb, style.to(emb))
         noise = starting_noise(shape, noise, generator, self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))

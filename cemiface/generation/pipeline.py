@@ -49,12 +49,12 @@ def calibrated_m(calibration:dict|None, # judge -> curves of `calibrate`
     if not calibration: raise ValueError("this pipeline is not calibrated, so it cannot choose m for a similarity: run calibrate(pipe, inquiries) once, then save it")
     if judge not in calibration: raise ValueError(f"no calibration under {judge!r}: choose from {', '.join(calibration)}")
     fit = [c for c in calibration[judge] if c["sampler"] == sampler and c["steps"] <= steps]
-    known = ", ".join(f"{c['sampler']} from {c['steps']} steps on" for c in calibration[judge])
-    if not fit: raise ValueError(f"not calibrated for {sampler} at {steps} steps (only for {known}): run calibrate with that scheduler and steps=[{steps}]")
+    curves = ", ".join(f"{c['sampler']} from {c['steps']} steps on" for c in calibration[judge])
+    if not fit: raise ValueError(f"not calibrated for {sampler} at {steps} steps (only for {curves}): run calibrate with that scheduler and steps=[{steps}]")
     curve = max(fit, key=lambda c: c["steps"])
-    wanted, low, high = np.atleast_1d(np.asarray(similarity, dtype=float)), curve["achieved"][0], curve["achieved"][-1]
-    for s in wanted[~((wanted >= low) & (wanted <= high))]: raise ValueError(f"similarity {s:g} is out of reach: this generator's mean goes from {low:.2f} to {high:.2f} under {judge} ({sampler}, {curve['steps']} steps)")
-    return torch.as_tensor(np.interp(wanted, curve["achieved"], curve["m"]), dtype=torch.float32)
+    cos_sim, low, high = np.atleast_1d(np.asarray(similarity, dtype=float)), curve["achieved"][0], curve["achieved"][-1]
+    for s in cos_sim[~((cos_sim >= low) & (cos_sim <= high))]: raise ValueError(f"similarity {s:g} is out of reach: this generator's mean goes from {low:.2f} to {high:.2f} under {judge} ({sampler}, {curve['steps']} steps)")
+    return torch.as_tensor(np.interp(cos_sim, curve["achieved"], curve["m"]), dtype=torch.float32)
 
 # %% ../../nbs/generation/06_pipeline.ipynb #86f48319
 MARK = "<!-- written by save_pretrained: delete this line to keep a text of your own -->"

@@ -45,9 +45,9 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet, self.conditioner = unet, conditioner
 
-    def forward(self, xt:Tensor, t:Tensor, *given:Tensor)->Tensor:
+    def forward(self, xt:Tensor, t:Tensor, *cond:Tensor)->Tensor:
         "Predicted noise [B,3,H,W] of `xt` at `t` [B]; `given` goes to the conditioner: `emb` [B,D] and `m` [B]."
-        return self.unet(xt, t, encoder_hidden_states=self.conditioner(*given)).sample
+        return self.unet(xt, t, encoder_hidden_states=self.conditioner(*cond)).sample
 
 # %% ../../nbs/generation/04_training.ipynb #327190f0
 def layout(
@@ -101,8 +101,8 @@ def embed_both(
     "E_id(x) of a whole set: it does not change during training, so it is computed once; each process takes a part."
     here, out = PartialState(), []
     parts = torch.arange(len(faces)).tensor_split(here.num_processes)
-    chosen = parts[here.process_index].split(batch_size)
-    for images in tqdm(lookups(faces.images, chosen), total=len(chosen), desc="embedding", disable=not progress):
+    pieces = parts[here.process_index].split(batch_size)
+    for images in tqdm(lookups(faces.images, pieces), total=len(pieces), desc="embedding", disable=not progress):
         x = to_float(to_device(images, torch.device(device)))
         out.append(torch.stack([F.normalize(recogniser(v).float(), dim=1) for v in ((x, x.flip(-1)) if flip else (x,))]))
     joint = gather(pad_across_processes(torch.cat(out, 1), 1)).unflatten(0, (len(parts), -1))
@@ -237,7 +237,7 @@ class SimMat:
     def __init__(self, faces:FaceSet, recogniser:nn.Module, config:SimMatConfig, device:torch.device|str, progress:bool):
         self.config, self.weight = config, config.lambda_simmat
         self.emb, self.row = training_identities(recogniser, faces, config, device, progress)
-        self.faces, self.shown = faces, torch.linspace(0, len(faces)-1, 4).long() # those that samples are drawn for
+        self.faces, self.examples = faces, torch.linspace(0, len(faces)-1, 4).long() # those that samples are drawn for
 
     def draw(self, images:Tensor, generator:torch.Generator)->tuple: # flip, t, m, eps
         return draw_step(images, self.config, generator)
@@ -252,12 +252,12 @@ class SimMat:
     @torch.no_grad()
     def sample(self, denoiser:Denoiser)->Tensor: # uint8 [4,1+len(SAMPLE_MS),3,S,S]
         "A training face a row, then what is drawn for it at each of SAMPLE_MS from the row's noise: DDIM, 20 steps."
-        c, n, device, inquiries = self.config, len(SAMPLE_MS), self.emb.device, self.faces.images[self.shown]
-        m = torch.tensor(SAMPLE_MS, device=device).repeat(len(self.shown))
-        tokens = denoiser.conditioner(self.emb[0, self.row[self.shown.to(device)]].repeat_interleave(n, 0), m)
+        c, n, device, inquiries = self.config, len(SAMPLE_MS), self.emb.device, self.faces.images[self.examples]
+        m = torch.tensor(SAMPLE_MS, device=device).repeat(len(self.examples))
+        tokens = denoiser.conditioner(self.emb[0, self.row[self.examples.to(device)]].repeat_interleave(n, 0), m)
         noise = torch.randn(inquiries.shape, generator=torch.Generator().manual_seed(c.seed)).repeat_interleave(n, 0)
-        drawn = denoise(denoiser.unet, ddim_scheduler(c.snr_scale, c.T, c.prediction), tokens, noise.to(device), min(20, c.T))
-        return torch.cat([inquiries[:, None], to_uint8(drawn).cpu().unflatten(0, (-1, n))], 1)
+        images = denoise(denoiser.unet, ddim_scheduler(c.snr_scale, c.T, c.prediction), tokens, noise.to(device), min(20, c.T))
+        return torch.cat([inquiries[:, None], to_uint8(images).cpu().unflatten(0, (-1, n))], 1)
 
 # %% ../../nbs/generation/04_training.ipynb #c38e7992
 def save_samples(
@@ -267,12 +267,12 @@ def save_samples(
     ema:EMAModel, # whose weights draw; the denoiser gets its own back
 )->float: # seconds that it took
     "Write what the moving average draws as one picture."
-    began, params = time.monotonic(), list(denoiser.parameters())
+    start, params = time.monotonic(), list(denoiser.parameters())
     ema.store(params); ema.copy_to(params)
     grid = task.sample(denoiser)
     ema.restore(params)
     write_whole(path, encode_image(grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)))
-    return time.monotonic()-began
+    return time.monotonic()-start
 
 # %% ../../nbs/generation/04_training.ipynb #4584b08e
 def gradients(
@@ -286,10 +286,10 @@ def gradients(
     "Add the gradients of Eq. 14 for one process's part of a step, in `accumulate` pieces."
     config, n, bands = task.config, task.config.accumulate, 0.
     losses = torch.zeros(2, device=alpha_bar.device)
-    for k, (x, xt, eps, t, flip, index, *drawn) in enumerate(zip(*(v.split(len(v)//n) for v in batch)), 1):
-        with acc.autocast(): given, target = task.condition(x, flip, index, *drawn)
+    for k, (x, xt, eps, t, flip, index, *extra) in enumerate(zip(*(v.split(len(v)//n) for v in batch)), 1):
+        with acc.autocast(): cond, target = task.condition(x, flip, index, *extra)
         with acc.no_sync(model) if k<n else nullcontext():
-            pred = model(xt, t, *given)
+            pred = model(xt, t, *cond)
             if config.prediction=="v_prediction": pred = eps_from_v(xt, pred, alpha_bar[t])
             with acc.autocast(): emb_hat = recogniser(x0_from_eps(xt, pred, alpha_bar[t]))
             each, s, m = task.loss(emb_hat, t, *target)
@@ -337,7 +337,7 @@ def train_generator(
     with acc.autocast(): task = method(faces, recogniser, config, device, progress and main)
     model, optimizer = acc.prepare(denoiser, optimizer)
     acc.init_trackers("generator", {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config})
-    per_epoch, saved, seen = len(faces)//config.batch_size, time.monotonic(), time.monotonic()
+    per_epoch, saved_at, logged_at = len(faces)//config.batch_size, time.monotonic(), time.monotonic()
     mine = slice(rank*share*config.accumulate, (rank+1)*share*config.accumulate)
     sums, bands = torch.zeros(3, device=device), torch.zeros(BANDS, 7, device=device)
     order = (b for e in range(first//max(1, per_epoch), 10**9) for b in batches(faces, config.batch_size, config.seed, e, start=first%per_epoch if e==first//per_epoch else 0, part=mine))
@@ -345,19 +345,19 @@ def train_generator(
     for step in range(first, config.steps):
         images, _, index = next(order)
         joint = images[:1].expand(config.batch_size, -1, -1, -1) # only its shape counts: what is drawn depends on no process, no piece
-        flip, t, *drawn, eps = (v[mine] for v in task.draw(joint, step_generator(config.seed, step, device)))
+        flip, t, *extra, eps = (v[mine] for v in task.draw(joint, step_generator(config.seed, step, device)))
         x, index = to_float(to_device(images, device)), to_device(index, device)
         x = torch.where(flip[:, None, None, None], x.flip(-1), x).contiguous(memory_format=layout(config))
         xt = scheduler.add_noise(x, eps, t)
         for group in optimizer.param_groups: group["lr"] = config.lr*min(1, (step+1)/max(1, config.warmup_steps))
-        losses, found = gradients(acc, model, recogniser, task, alpha_bar, (x, xt, eps, t, flip, index, *drawn))
-        bands += found
+        losses, new_bands = gradients(acc, model, recogniser, task, alpha_bar, (x, xt, eps, t, flip, index, *extra))
+        bands += new_bands
         norm = acc.clip_grad_norm_(params, config.clip_grad)
         optimizer.step(); optimizer.zero_grad(); ema.step(params)
         sums += torch.stack([*losses, norm])
         bar.update()
         if main and config.sample_every and (step+1)%config.sample_every==0:
-            seen += save_samples(out/f"samples/{step+1:07d}.png", task, denoiser, ema)
+            logged_at += save_samples(out/f"samples/{step+1:07d}.png", task, denoiser, ema)
         if (step+1)%config.log_every and step+1<config.steps: continue
         sums, bands = acc.reduce(sums, "mean"), acc.reduce(bands, "sum")
         if not sums.isfinite().all(): raise ValueError(f"the loss is not a number within the {config.log_every} steps before step {step+1}: "
@@ -365,14 +365,14 @@ def train_generator(
         n, now = bands[:, 0].sum().item(), time.monotonic()
         means = (sums*config.batch_size/n).tolist()
         name = f"loss_{method.name}"
-        log.append({"step": step+1, "loss_mse": means[0], name: means[1], "grad_norm": means[2], **band_row(bands, "mse", name), "images_per_s": n/(now-seen)})
+        log.append({"step": step+1, "loss_mse": means[0], name: means[1], "grad_norm": means[2], **band_row(bands, "mse", name), "images_per_s": n/(now-logged_at)})
         acc.log(log[-1], step=step+1)
         bar.set_postfix(mse=f"{means[0]:.4f}", **{method.name: f"{means[1]:.3f}"}, slope=f"{log[-1]['slope_3']:.2f}")
-        if main and (now-saved>=config.save_every or step+1==config.steps):
+        if main and (now-saved_at>=config.save_every or step+1==config.steps):
             write_whole(out/"log.csv", pd.DataFrame(log).to_csv(index=False).encode())
             save_generator_state(state, denoiser, optimizer, ema, dict(step=step+1, settings=settings, log=log))
-            saved = time.monotonic()
-        seen, sums, bands = time.monotonic(), torch.zeros_like(sums), torch.zeros_like(bands)
+            saved_at = time.monotonic()
+        logged_at, sums, bands = time.monotonic(), torch.zeros_like(sums), torch.zeros_like(bands)
     bar.close(); acc.wait_for_everyone()
     if main: save_generator(out, denoiser, ema); scheduler.save_pretrained(out/"scheduler")
     for tracker in acc.trackers: tracker.finish()
