@@ -30,7 +30,8 @@ def sample_embeddings(pipe:CemiFacePipeline,
     "Embeddings of images drawn at each m, in bytes as a set stores them."
     emb, judges = identity_embedding(pipe.recogniser, inquiries, None), judges or {"E_id": pipe.recogniser}
     embs, device, dtype = {name: [] for name in judges}, pipe.device, pipe.unet.dtype
-    noise = torch.stack([torch.randn(inquiries.shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(len(inquiries))])
+    noise = torch.stack([torch.randn(inquiries.shape[1:], generator=torch.Generator().manual_seed(seed + i))
+                         for i in range(len(inquiries))])
     jobs = [(m, rows) for m in ms for rows in torch.arange(len(inquiries)).split(batch_size)]
     for m, rows in tqdm(jobs, desc=f"{steps} steps", disable=not progress):
         tokens = pipe.conditioner(emb[rows], similarity_factors(m, len(rows)).to(emb))
@@ -49,14 +50,17 @@ def calibrate(pipe:CemiFacePipeline, # its configuration gets the curves; save i
               progress:bool=True,
              )->dict: # judge -> curves
     "From m to achieved cosine, under E_id and others, for the present scheduler. A curve of the same sampler and steps is replaced. ValueError for fewer than two inquiries or values of m."
-    if len(inquiries) < 2 or len(set(ms)) < 2: raise ValueError(f"{len(inquiries)} inquiries and {len(set(ms))} values of m: a curve needs at least two of each")
+    if len(inquiries) < 2 or len(set(ms)) < 2:
+        raise ValueError(f"{len(inquiries)} inquiries and {len(set(ms))} values of m: a curve needs at least two of each")
     ms, sampler, judges = sorted(set(map(float, ms))), type(pipe.scheduler).__name__, {"E_id": pipe.recogniser, **others}
     curves, centres = dict(pipe.config.calibration or {}), {name: identity_embedding(net.eval(), inquiries, None).float().cpu() for name, net in judges.items()}
     for n in steps:
         for name, emb in sample_embeddings(pipe, inquiries, ms, n, judges, seed, batch_size, progress).items():
             cos = (emb*centres[name]).sum(-1).double()
             achieved = IsotonicRegression().fit_transform(ms, cos.mean(1).numpy())
-            curve = dict(sampler=sampler, steps=int(n), inquiries=len(inquiries), m=ms, achieved=achieved.round(4).tolist(), std=cos.std(1).numpy().round(4).tolist())
-            curves[name] = sorted([c for c in curves.get(name, []) if (c["sampler"], c["steps"]) != (sampler, n)] + [curve], key=lambda c: (c["sampler"], c["steps"]))
+            curve = dict(sampler=sampler, steps=int(n), inquiries=len(inquiries), m=ms,
+                         achieved=achieved.round(4).tolist(), std=cos.std(1).numpy().round(4).tolist())
+            curves[name] = sorted([c for c in curves.get(name, []) if (c["sampler"], c["steps"]) != (sampler, n)]
+                                  + [curve], key=lambda c: (c["sampler"], c["steps"]))
     pipe.register_to_config(calibration=curves)
     return curves

@@ -58,7 +58,8 @@ class GeneratorConfig(BaseModel, extra="forbid", frozen=True):
         n, shrink = len(self.block_out_channels), 2**(len(self.block_out_channels)-1)
         if not n == len(self.layers_per_block) == len(self.attention):
             raise ValueError("block_out_channels, layers_per_block and attention need one entry a level each")
-        if self.size % shrink: raise ValueError(f"size {self.size} cannot be halved {n-1} times: use a multiple of {shrink}")
+        if self.size % shrink:
+            raise ValueError(f"size {self.size} cannot be halved {n-1} times: use a multiple of {shrink}")
         return self
 
 # %% ../../nbs/generation/02_conditioning.ipynb #e0fbacee

@@ -130,7 +130,8 @@ def grid_of(
     "The style grid for this recogniser. ValueError if its style map is smaller."
     size, channels = recogniser.config.size, recogniser.config.width
     cells, side = cells or style_cells(size, channels), size//stage_strides(size)[0]
-    if cells > side: raise ValueError(f"{cells}x{cells} cells on a style map of {side}x{side}: choose at most {side} cells")
+    if cells > side:
+        raise ValueError(f"{cells}x{cells} cells on a style map of {side}x{side}: choose at most {side} cells")
     return cells
 
 # %% ../../nbs/generation/08_dcface.ipynb #03674c70
@@ -140,14 +141,16 @@ class DCFace:
 
     @staticmethod
     def fresh_conditioner(generator:GeneratorConfig, recogniser:IResNet, config:DCFaceConfig)->DCFaceConditioner:
-        return DCFaceConditioner(emb_dim=generator.emb_dim, channels=recogniser.config.width, cells=grid_of(recogniser, config.cells),
+        return DCFaceConditioner(emb_dim=generator.emb_dim, channels=recogniser.config.width,
+                                 cells=grid_of(recogniser, config.cells),
                                  cond_dim=generator.cond_dim, tokens=generator.tokens)
 
     def __init__(self, faces:FaceSet, recogniser:IResNet, config:DCFaceConfig, device:torch.device|str, progress:bool):
         self.recogniser, self.config, self.weight = recogniser, config, config.lambda_id
         self.emb_both = embed_both(recogniser, faces, 256, device, progress, config.flip)
         self.labels = faces.labels.to(device)
-        self.nearest, self.count = (v.to(device) for v in portraits(self.emb_both[0].cpu(), faces.labels, config.portraits))
+        self.nearest, self.count = (v.to(device)
+                                    for v in portraits(self.emb_both[0].cpu(), faces.labels, config.portraits))
         self.style_shape = (grid_of(recogniser, config.cells)**2, 2*recogniser.config.width)
 
     def draw(self, images:Tensor, generator:torch.Generator)->tuple: # flip, t, pick, flip of the identity image, what of the style to keep, eps
@@ -178,8 +181,10 @@ def train_dcface(
     log_with:Any=None,         # trackers, as of `train_generator`
 )->tuple[UNet2DConditionModel, DCFaceConditioner]: # moving averages, on the CPU
     "Train the baseline with the loop of Algorithm 1. The same call goes on where an interrupted one stopped. ValueError for faces without pairs, and as `train_generator`."
-    if not isinstance(recogniser, IResNet): raise ValueError(f"{type(recogniser).__name__} has no first stage to take a style from: give an IResNet")
-    if len(faces)==faces.n_subjects: raise ValueError(f"{faces.name} has one image per subject: DCFace learns from pairs of one subject, so give labelled faces with several images each")
+    if not isinstance(recogniser, IResNet):
+        raise ValueError(f"{type(recogniser).__name__} has no first stage to take a style from: give an IResNet")
+    if len(faces)==faces.n_subjects:
+        raise ValueError(f"{faces.name} has one image per subject: DCFace learns from pairs of one subject, so give labelled faces with several images each")
     return train_generator(faces, recogniser, generator, config, out, init, progress, DCFace, log_with)
 
 # %% ../../nbs/generation/08_dcface.ipynb #31eb9fae
@@ -193,11 +198,13 @@ def start_from(
     old, width, out = pipe.conditioner, pipe.recogniser.config.width, Path(out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        conditioner = DCFaceConditioner(emb_dim=old.config.emb_dim, channels=width, cells=grid_of(pipe.recogniser, config.cells),
+        conditioner = DCFaceConditioner(emb_dim=old.config.emb_dim, channels=width,
+                                        cells=grid_of(pipe.recogniser, config.cells),
                                         cond_dim=old.config.cond_dim, tokens=old.config.tokens)
     who, how = old.f2.weight.float().cpu().split([old.config.emb_dim, old.config.sim_dim], 1)
     conditioner.identity.weight.copy_(who)
-    conditioner.identity.bias.copy_(old.f2.bias.float().cpu() + how @ old.f1(torch.ones(1, 1).to(old.f1.weight))[0].float().cpu())
+    conditioner.identity.bias.copy_(old.f2.bias.float().cpu()
+                                    + how @ old.f1(torch.ones(1, 1).to(old.f1.weight))[0].float().cpu())
     pipe.unet.save_pretrained(out/"unet"); conditioner.save_pretrained(out/"conditioner")
     return out
 
@@ -214,7 +221,8 @@ class StyleBank(ModelMixin, ConfigMixin):
         generator:torch.Generator|list|None=None, # one for all, or one a style
     )->Tensor: # [n,cells*cells,2*channels]
         "Styles of images chosen at random, each as likely."
-        pick = lambda size, g: torch.randint(len(self.statistics), (size,), generator=g, device=g.device if g else "cpu").cpu()
+        pick = lambda size, g: torch.randint(len(self.statistics), (size,), generator=g,
+                                             device=g.device if g else "cpu").cpu()
         rows = torch.cat([pick(1, g) for g in generator]) if isinstance(generator, list) else pick(n, generator)
         return self.statistics[rows.to(self.statistics.device)]
 
@@ -232,7 +240,8 @@ def style_bank(
     index = torch.linspace(0, len(faces)-1, min(images, len(faces))).round().long()
     recogniser.eval()
     bank = StyleBank(images=len(index), cells=cells, channels=recogniser.config.width)
-    parts = [patch_statistics(style_map(recogniser, to_float(faces.images[i].to(device))), cells).cpu() for i in index.split(batch_size)]
+    parts = [patch_statistics(style_map(recogniser, to_float(faces.images[i].to(device))), cells).cpu()
+             for i in index.split(batch_size)]
     bank.statistics.copy_(torch.cat(parts))
     return bank.eval()
 
@@ -242,17 +251,20 @@ class DCFacePipeline(OwnModels, DiffusionPipeline):
     model_cpu_offload_seq = "recogniser->bank->conditioner->unet"
     own = (DCFaceConditioner, IResNet, StyleBank)
 
-    def __init__(self, unet:UNet2DConditionModel, conditioner:DCFaceConditioner, recogniser:IResNet, scheduler:SchedulerMixin, bank:StyleBank):
+    def __init__(self, unet:UNet2DConditionModel, conditioner:DCFaceConditioner, recogniser:IResNet,
+                 scheduler:SchedulerMixin, bank:StyleBank):
         super().__init__()
         if bank.config.cells!=conditioner.config.cells or bank.config.channels!=conditioner.config.channels:
             raise ValueError(f"a bank of {bank.config.cells}x{bank.config.cells} cells with {bank.config.channels} channels for a conditioner of "
                              f"{conditioner.config.cells}x{conditioner.config.cells} with {conditioner.config.channels}: make it with style_bank(recogniser, faces, {conditioner.config.cells})")
-        self.register_modules(unet=unet.eval(), conditioner=conditioner.eval(), recogniser=recogniser.eval(), scheduler=scheduler, bank=bank.eval())
+        self.register_modules(unet=unet.eval(), conditioner=conditioner.eval(), recogniser=recogniser.eval(),
+                              scheduler=scheduler, bank=bank.eval())
 
     def styles_of(self, images:Tensor, # [B,3,S,S] in [-1,1]
                  )->Tensor: # [B,cells*cells,2*channels]
         "The styles of images."
-        return patch_statistics(style_map(self.recogniser, images.to(self.recogniser.device, self.recogniser.dtype)), self.conditioner.config.cells)
+        return patch_statistics(style_map(self.recogniser, images.to(self.recogniser.device, self.recogniser.dtype)),
+                                self.conditioner.config.cells)
 
     @torch.inference_mode()
     def __call__(self,
@@ -271,11 +283,14 @@ class DCFacePipeline(OwnModels, DiffusionPipeline):
         emb = identity_embedding(self.recogniser, inquiries, embeddings, self._execution_device)
         shape = (len(emb), self.unet.config.in_channels, *[self.unet.config.sample_size]*2)
         for name, values in (("generators", generator if isinstance(generator, list) else None), ("styles", styles)):
-            if values is not None and len(values)!=len(emb): raise ValueError(f"{len(values)} {name} for {len(emb)} images")
+            if values is not None and len(values)!=len(emb):
+                raise ValueError(f"{len(values)} {name} for {len(emb)} images")
         style = self.bank.draw(len(emb), generator) if styles is None else self.styles_of(styles)
         tokens = self.conditioner(emb, style.to(emb))
-        noise = starting_noise(shape, noise, generator, self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
-        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, num_inference_steps, generator, self.progress_bar)
+        noise = starting_noise(shape, noise, generator, self._execution_device,
+                               torch.promote_types(self.unet.dtype, torch.float32))
+        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, num_inference_steps, generator,
+                     self.progress_bar)
         self.maybe_free_model_hooks()
         images = as_output(x0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -289,7 +304,8 @@ def style_grid(
     steps:int=20,
 )->Tensor: # uint8 [R,C,3,S,S]
     "Faces of one inquiry a row, with the row's noise, in each style (the DCFace rows of Figures 5 and 9). ValueError as the pipeline."
-    if len(seeds)!=len(inquiries): raise ValueError(f"{len(inquiries)} inquiries for {len(seeds)} seeds: give one per seed")
+    if len(seeds)!=len(inquiries):
+        raise ValueError(f"{len(inquiries)} inquiries for {len(seeds)} seeds: give one per seed")
     emb, n = identity_embedding(pipe.recogniser, to_float(inquiries), None), len(styles)
     noise = image_noise(seeds, pipe.unet.config.sample_size)
     rows = [pipe(embeddings=e.expand(n, -1), styles=to_float(styles), noise=z.expand(n, -1, -1, -1), num_inference_steps=steps, output_type="pt").images for e, z in zip(emb, noise)]

@@ -60,7 +60,8 @@ def ddim_scheduler(snr_scale:float=1., # of the training, see `noise_scheduler`
                    prediction:str="epsilon", # what the network's output means, as in its training
                   )->DDIMScheduler:    # x0_hat clipped to [-1,1]; the first step is at T, where there is nothing but noise
     "The paper's sampler: DDIM, eta 0, on the noise schedule that the generator was trained with (Equations 1-4)."
-    return DDIMScheduler.from_config(noise_scheduler(T, snr_scale, prediction).config, clip_sample=True, timestep_spacing="trailing")
+    return DDIMScheduler.from_config(noise_scheduler(T, snr_scale, prediction).config, clip_sample=True,
+                                     timestep_spacing="trailing")
 
 # %% ../../nbs/generation/01_diffusion.ipynb #8afe3d39
 def denoise(unet:UNet2DConditionModel,
@@ -82,7 +83,8 @@ def denoise(unet:UNet2DConditionModel,
         eps = unet(scheduler.scale_model_input(xt, t).to(unet.dtype), t, encoder_hidden_states=tokens).sample.to(xt.dtype)
         xt = scheduler.step(eps, t, xt, **own).prev_sample
         if on_step: xt = on_step(i, t, xt)
-    if not xt.isfinite().all(): raise ValueError("the generator's output is not finite: its weights are damaged, or its precision too low")
+    if not xt.isfinite().all():
+        raise ValueError("the generator's output is not finite: its weights are damaged, or its precision too low")
     return xt.clamp(-1, 1)
 
 # %% ../../nbs/generation/01_diffusion.ipynb #01f7be0e
@@ -96,9 +98,11 @@ def starting_noise(shape:tuple, # of the images [B,3,S,S]
                    dtype:torch.dtype,
                   )->Tensor:
     "Standard normal noise. ValueError if the noise or the generators do not fit the number of images."
-    if isinstance(generator, list) and len(generator) != shape[0]: raise ValueError(f"{len(generator)} generators for {shape[0]} images")
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for {shape[0]} images")
     if noise is None: noise = randn_tensor(shape, generator, device, dtype)
-    if noise.shape != shape: raise ValueError(f"noise of shape {tuple(noise.shape)}: these inquiries need {list(shape)}")
+    if noise.shape != shape:
+        raise ValueError(f"noise of shape {tuple(noise.shape)}: these inquiries need {list(shape)}")
     return noise.to(device, dtype)
 
 # %% ../../nbs/generation/01_diffusion.ipynb #2445a16f
@@ -107,4 +111,5 @@ def image_noise(seeds:list, # one per image
                )->Tensor: # [B,3,size,size] standard normal, float32
     "Starting noise, each image from a stream of its own: the same on every device and in every order."
     draw = lambda seed: np.random.Generator(np.random.PCG64(int(seed))).standard_normal((3, size, size), dtype=np.float32)
-    with ThreadPoolExecutor(4) as pool: return torch.from_numpy(np.stack(list(pool.map(draw, seeds)))) # a GPU waits for it
+    # a GPU waits for it
+    with ThreadPoolExecutor(4) as pool: return torch.from_numpy(np.stack(list(pool.map(draw, seeds))))

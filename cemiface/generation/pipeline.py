@@ -46,14 +46,18 @@ def calibrated_m(calibration:dict|None, # judge -> curves of `calibrate`
                 )->Tensor: # m of each
     "The m at which images have the wanted cosine on average. ValueError names the reachable range, or what is calibrated."
     if m is not None: raise ValueError("give either m or similarity: the second chooses the first")
-    if not calibration: raise ValueError("this pipeline is not calibrated, so it cannot choose m for a similarity: run calibrate(pipe, inquiries) once, then save it")
-    if judge not in calibration: raise ValueError(f"no calibration under {judge!r}: choose from {', '.join(calibration)}")
+    if not calibration:
+        raise ValueError("this pipeline is not calibrated, so it cannot choose m for a similarity: run calibrate(pipe, inquiries) once, then save it")
+    if judge not in calibration:
+        raise ValueError(f"no calibration under {judge!r}: choose from {', '.join(calibration)}")
     fit = [c for c in calibration[judge] if c["sampler"] == sampler and c["steps"] <= steps]
     curves = ", ".join(f"{c['sampler']} from {c['steps']} steps on" for c in calibration[judge])
-    if not fit: raise ValueError(f"not calibrated for {sampler} at {steps} steps (only for {curves}): run calibrate with that scheduler and steps=[{steps}]")
+    if not fit:
+        raise ValueError(f"not calibrated for {sampler} at {steps} steps (only for {curves}): run calibrate with that scheduler and steps=[{steps}]")
     curve = max(fit, key=lambda c: c["steps"])
     cos_sim, low, high = np.atleast_1d(np.asarray(similarity, dtype=float)), curve["achieved"][0], curve["achieved"][-1]
-    for s in cos_sim[~((cos_sim >= low) & (cos_sim <= high))]: raise ValueError(f"similarity {s:g} is out of reach: this generator's mean goes from {low:.2f} to {high:.2f} under {judge} ({sampler}, {curve['steps']} steps)")
+    for s in cos_sim[~((cos_sim >= low) & (cos_sim <= high))]:
+        raise ValueError(f"similarity {s:g} is out of reach: this generator's mean goes from {low:.2f} to {high:.2f} under {judge} ({sampler}, {curve['steps']} steps)")
     return torch.as_tensor(np.interp(cos_sim, curve["achieved"], curve["m"]), dtype=torch.float32)
 
 # %% ../../nbs/generation/06_pipeline.ipynb #86f48319
@@ -93,14 +97,18 @@ Not stated here: it follows from the data that the weights were trained on. Face
 def model_card(pipe:DiffusionPipeline, # a CemiFacePipeline
               )->str: # Markdown
     "What the folder holds, how to load it with and without this package, and its calibration."
-    head = ModelCardData(library_name="diffusers", tags=["diffusion", "face-generation", "face-recognition", "synthetic-data"]).to_yaml()
+    head = ModelCardData(library_name="diffusers",
+                         tags=["diffusion", "face-generation", "face-recognition", "synthetic-data"]).to_yaml()
     parts = {"UNet": pipe.unet, "conditioner": pipe.conditioner, "recogniser": pipe.recogniser}
-    counts = [f"{name} {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" + " parameters"*(net is pipe.unet) for name, net in parts.items()]
+    counts = [f"{name} {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M" + " parameters"*(net is pipe.unet)
+              for name, net in parts.items()]
     rows = [f"| {judge} | {c['sampler']} | {c['steps']} | {c['inquiries']} | {c['achieved'][0]:.2f} to {c['achieved'][-1]:.2f} | {max(c['std']):.2f} |" for judge, curves in (pipe.config.calibration or {}).items() for c in curves]
     table = ["| under | sampler | steps | inquiries | mean cosine, lowest to highest m | largest std of an image |", "|---|---|---|---|---|---|", *rows] if rows else ["Not calibrated: `similarity=` needs `calibrate(pipe, inquiries)` first."]
     noise = pipe.scheduler.config
-    return MODEL_CARD.format(head=head, mark=MARK, size=pipe.unet.config.sample_size, parameters=", ".join(counts), sampler=type(pipe.scheduler).__name__,
-                             steps=noise.num_train_timesteps, predicts=noise.prediction_type, calibration="\n".join(table))
+    return MODEL_CARD.format(head=head, mark=MARK, size=pipe.unet.config.sample_size, parameters=", ".join(counts),
+                             sampler=type(pipe.scheduler).__name__,
+                             steps=noise.num_train_timesteps, predicts=noise.prediction_type,
+                             calibration="\n".join(table))
 
 # %% ../../nbs/generation/06_pipeline.ipynb #d07df51c
 class OwnModels:
@@ -133,17 +141,21 @@ class CemiFacePipeline(OwnModels, DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
     own = (Conditioner, IResNet) # models of this package: their source is saved with them
 
-    def __init__(self, unet:UNet2DConditionModel, conditioner:ModelMixin, recogniser:ModelMixin, scheduler:SchedulerMixin,
+    def __init__(self, unet:UNet2DConditionModel, conditioner:ModelMixin, recogniser:ModelMixin,
+                 scheduler:SchedulerMixin,
                  calibration:dict|None=None, # judge -> curves of `calibrate`
                 ):
         super().__init__()
-        self.register_modules(unet=unet.eval(), conditioner=conditioner.eval(), recogniser=recogniser.eval(), scheduler=scheduler)
+        self.register_modules(unet=unet.eval(), conditioner=conditioner.eval(), recogniser=recogniser.eval(),
+                              scheduler=scheduler)
         self.register_to_config(calibration=calibration)
 
     def save_pretrained(self, folder:str|Path, **kwargs)->None:
         "One folder a part; beside the weights the code that diffusers needs where this package is missing, and README.md, unless it is your own."
         code, card = standalone(CemiFacePipeline).encode(), Path(folder)/"README.md"
-        files = ["pipeline.py", *(f"{name}/cemiface.py" for name in ("conditioner", "recogniser") if self.config[name][0] == "cemiface")]
+        files = ["pipeline.py",
+                 *(f"{name}/cemiface.py"
+                   for name in ("conditioner", "recogniser") if self.config[name][0] == "cemiface")]
         for name in files: write_whole(Path(folder)/name, code)
         if not card.is_file() or MARK in card.read_text(encoding="utf-8"): write_whole(card, model_card(self).encode())
         super().save_pretrained(folder, **kwargs)
@@ -165,7 +177,8 @@ class CemiFacePipeline(OwnModels, DiffusionPipeline):
         "The callback in the form that `denoise` takes. ValueError for a tensor that is not to be had."
         if callback is None: return None
         names = callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
-        if unknown := set(names) - set(self._callback_tensor_inputs): raise ValueError(f"no tensor {min(unknown)!r} for the callback: choose from {self._callback_tensor_inputs}")
+        if unknown := set(names) - set(self._callback_tensor_inputs):
+            raise ValueError(f"no tensor {min(unknown)!r} for the callback: choose from {self._callback_tensor_inputs}")
         return lambda i, t, xt: (callback(self, i, t, dict.fromkeys(names, xt)) or {}).get("latents", xt)
 
     @torch.inference_mode()
@@ -184,13 +197,17 @@ class CemiFacePipeline(OwnModels, DiffusionPipeline):
                  callback_on_step_end_tensor_inputs:list|None=["latents"], # what the dict holds
                 )->ImagePipelineOutput: # .images: B of them
         "One image for each inquiry (Algorithm 2, inner loop). ValueError for m outside [-1,1], a similarity out of reach or inputs that do not fit together."
-        if similarity is not None: m = calibrated_m(self.config.calibration, similarity, type(self.scheduler).__name__, num_inference_steps, judge, m)
+        if similarity is not None:
+            m = calibrated_m(self.config.calibration, similarity, type(self.scheduler).__name__, num_inference_steps,
+                             judge, m)
         on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         emb = identity_embedding(self.recogniser, inquiries, embeddings, self._execution_device)
         tokens = self.conditioner(emb, similarity_factors(0. if m is None else m, len(emb)).to(emb))
         shape = (len(emb), self.unet.config.in_channels, *[self.unet.config.sample_size]*2)
-        noise = starting_noise(shape, noise, generator, self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
-        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, num_inference_steps, generator, self._timesteps, on_step)
+        noise = starting_noise(shape, noise, generator, self._execution_device,
+                               torch.promote_types(self.unet.dtype, torch.float32))
+        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, num_inference_steps, generator,
+                     self._timesteps, on_step)
         self.maybe_free_model_hooks()
         images = as_output(x0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

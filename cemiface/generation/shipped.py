@@ -28,7 +28,8 @@ WEIGHTS = Path(cemiface.__file__).parent/"weights"
 def shipped_pipeline()->CemiFacePipeline:
     "The generator trained for this package. OSError if this installation does not hold its weights."
     folder = WEIGHTS/"generator"
-    if not folder.is_dir(): raise OSError(f"no weights in {folder}: install a release that holds them, or train a generator and load it with CemiFacePipeline.from_pretrained")
+    if not folder.is_dir():
+        raise OSError(f"no weights in {folder}: install a release that holds them, or train a generator and load it with CemiFacePipeline.from_pretrained")
     return CemiFacePipeline.from_pretrained(folder, dtype=torch.float32) # stored as float16
 
 # %% ../../nbs/generation/09_shipped.ipynb #c7d01833
@@ -45,14 +46,18 @@ def load_beside(
 )->DCFacePipeline: # in float32, on the CPU
     "The baseline of a folder with the recogniser and the sampler of the generator it is compared with. OSError if the folder lacks a part."
     missing = [name for name in ("unet", "conditioner", "bank") if not (Path(folder)/name/"config.json").is_file()]
-    if missing: raise OSError(f"{folder} holds no baseline (no {missing[0]}/config.json): give a folder written by save_beside")
-    read = lambda kind, name: kind.from_pretrained(folder, subfolder=name, use_safetensors=True, local_files_only=True, dtype=torch.float32)
-    return DCFacePipeline(read(UNet2DConditionModel, "unet"), read(DCFaceConditioner, "conditioner"), pipe.recogniser, pipe.scheduler, read(StyleBank, "bank"))
+    if missing:
+        raise OSError(f"{folder} holds no baseline (no {missing[0]}/config.json): give a folder written by save_beside")
+    read = lambda kind, name: kind.from_pretrained(folder, subfolder=name, use_safetensors=True, local_files_only=True,
+                                                   dtype=torch.float32)
+    return DCFacePipeline(read(UNet2DConditionModel, "unet"), read(DCFaceConditioner, "conditioner"), pipe.recogniser,
+                          pipe.scheduler, read(StyleBank, "bank"))
 
 def shipped_dcface()->DCFacePipeline:
     "The baseline trained for this package. OSError if this installation does not hold its weights."
     folder = WEIGHTS/"dcface"
-    if not folder.is_dir(): raise OSError(f"no weights in {folder}: install a release that holds them, or train the baseline with train_dcface")
+    if not folder.is_dir():
+        raise OSError(f"no weights in {folder}: install a release that holds them, or train the baseline with train_dcface")
     return load_beside(folder, shipped_pipeline())
 
 # %% ../../nbs/generation/09_shipped.ipynb #3ca44a7a
@@ -75,5 +80,6 @@ def shipped_baseline()->DCFacePipeline:
 def shipped_hash(*parts:str)->str: # folders of the shipped weights
     "The first 12 hex digits of SHA-256 over shipped weights. ValueError if there are none."
     files = [f for p in parts for f in sorted((WEIGHTS/p).glob("*.safetensors"))]
-    if not files: raise ValueError("this copy of cemiface carries no weights: add --from-scratch to train them (hours on a CPU)")
+    if not files:
+        raise ValueError("this copy of cemiface carries no weights: add --from-scratch to train them (hours on a CPU)")
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]

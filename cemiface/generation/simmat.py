@@ -82,7 +82,8 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     save_every:float = Field(120., ge=0, description="seconds between two states, saved at a row of the log")
     sample_every:int = Field(0, ge=0, description="steps between two sample grids in samples/; 0: none")
 
-PACE = ("steps", "log_every", "save_every", "sample_every", "accumulate", "checkpointing", "channels_last", "compile") # a run may go on with others
+# a run may go on with others
+PACE = ("steps", "log_every", "save_every", "sample_every", "accumulate", "checkpointing", "channels_last", "compile")
 
 class SimMatConfig(TrainingConfig):
     "How the generator is trained, Algorithm 1."

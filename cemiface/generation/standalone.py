@@ -16,7 +16,8 @@ def top_level(
     "What each name at the top of a module means."
     lines, meaning = source.splitlines(), {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)): meaning |= {a.asname or a.name.split(".")[0]: (node, a) for a in node.names}
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            meaning |= {a.asname or a.name.split(".")[0]: (node, a) for a in node.names}
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) # a decorator stands above
         names = [getattr(node, "name", None), *(t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name))]
         meaning |= {n: (node, "\n".join(lines[first - 1:node.end_lineno])) for n in names if n}
@@ -37,8 +38,11 @@ def standalone(
             for part in ast.walk(node):
                 if isinstance(part, ast.Name): add(module, part.id)
             texts.append(what)
-        elif getattr(node, "level", 0): add(resolve_name("." * node.level + node.module, module.rpartition(".")[0]), what.name)
-        else: imports.add((f"from {node.module} " if isinstance(node, ast.ImportFrom) else "") + f"import {ast.unparse(what)}")
+        elif getattr(node, "level", 0):
+            add(resolve_name("." * node.level + node.module, module.rpartition(".")[0]), what.name)
+        else:
+            imports.add((f"from {node.module} " if isinstance(node, ast.ImportFrom) else "")
+                        + f"import {ast.unparse(what)}")
     add(cls.__module__, cls.__name__)
     about = '"Written by save_pretrained: everything that this pipeline needs beside its libraries."'
     return "\n\n".join([about, "\n".join(sorted(imports)), *texts]) + "\n"

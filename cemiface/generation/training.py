@@ -169,7 +169,8 @@ def save_generator_state(
     "All that the next step depends on, in one safetensors file."
     tensors = {f"model.{k}": v for k, v in denoiser.state_dict().items()}
     tensors |= {f"ema.{i}": v for i, v in enumerate(ema.shadow_params)}
-    for i, moments in optimizer.state_dict()["state"].items(): tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
     about = {k: json.dumps(v) for k, v in about.items()}
     return write_whole(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, about))
 
@@ -184,15 +185,18 @@ def load_generator_state(
 )->tuple[int, list[dict]]: # step to go on with, rows of the log
     "Put a state back. ValueError where the file is damaged or belongs to another run."
     try:
-        with safe_open(path, "pt") as f: about, t = {k: json.loads(v) for k, v in f.metadata().items()}, {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, "pt") as f:
+            about, t = {k: json.loads(v) for k, v in f.metadata().items()}, {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: raise ValueError(f"{path} cannot be read ({e}): delete it to train from the start") from e
     was = defaults | about["settings"]
     differ = sorted(k for k in settings | about["settings"] if settings.get(k)!=was.get(k))
-    if differ: raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): delete it, or choose another folder")
+    if differ:
+        raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): delete it, or choose another folder")
     denoiser.load_state_dict({k[6:]: v for k, v in t.items() if k.startswith("model.")})
     for i, p in enumerate(ema.shadow_params): p.copy_(t[f"ema.{i}"])
     ema.optimization_step = about["step"]
-    moments = {i: {"step": t[f"adam.{i}.step"]} | {k: torch.empty_like(p).copy_(t[f"adam.{i}.{k}"]) for k in ("exp_avg","exp_avg_sq")} # in the weight's layout
+    moments = {i: {"step": t[f"adam.{i}.step"]}
+               | {k: torch.empty_like(p).copy_(t[f"adam.{i}.{k}"]) for k in ("exp_avg","exp_avg_sq")} # in the weight's layout
                for i, p in enumerate(ema.shadow_params)}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     return about["step"], about["log"]
@@ -221,7 +225,8 @@ def load_generator(
     if not (folder/"unet").is_dir() or not (folder/"conditioner").is_dir():
         raise ValueError(f"{folder} holds no trained generator (unet/ and conditioner/): give a folder made by train_generator")
     kind = json.loads((folder/"conditioner/config.json").read_bytes()).get("_class_name")
-    if kind!=conditioner.__name__: raise ValueError(f"{folder} holds a generator with a {kind}, not a {conditioner.__name__}: it was trained by another method")
+    if kind!=conditioner.__name__:
+        raise ValueError(f"{folder} holds a generator with a {kind}, not a {conditioner.__name__}: it was trained by another method")
     return UNet2DConditionModel.from_pretrained(folder/"unet"), conditioner.from_pretrained(folder/"conditioner")
 
 # %% ../../nbs/generation/04_training.ipynb #abafee1e
@@ -234,7 +239,8 @@ class SimMat:
     @staticmethod
     def fresh_conditioner(generator:GeneratorConfig, recogniser:nn.Module, config:SimMatConfig)->Conditioner: return face_conditioner(generator)
 
-    def __init__(self, faces:FaceSet, recogniser:nn.Module, config:SimMatConfig, device:torch.device|str, progress:bool):
+    def __init__(self, faces:FaceSet, recogniser:nn.Module, config:SimMatConfig, device:torch.device|str,
+                 progress:bool):
         self.config, self.weight = config, config.lambda_simmat
         self.emb, self.row = training_identities(recogniser, faces, config, device, progress)
         self.faces, self.examples = faces, torch.linspace(0, len(faces)-1, 4).long() # those that samples are drawn for
@@ -256,7 +262,8 @@ class SimMat:
         m = torch.tensor(SAMPLE_MS, device=device).repeat(len(self.examples))
         tokens = denoiser.conditioner(self.emb[0, self.row[self.examples.to(device)]].repeat_interleave(n, 0), m)
         noise = torch.randn(inquiries.shape, generator=torch.Generator().manual_seed(c.seed)).repeat_interleave(n, 0)
-        images = denoise(denoiser.unet, ddim_scheduler(c.snr_scale, c.T, c.prediction), tokens, noise.to(device), min(20, c.T))
+        images = denoise(denoiser.unet, ddim_scheduler(c.snr_scale, c.T, c.prediction), tokens, noise.to(device),
+                         min(20, c.T))
         return torch.cat([inquiries[:, None], to_uint8(images).cpu().unflatten(0, (-1, n))], 1)
 
 # %% ../../nbs/generation/04_training.ipynb #c38e7992
@@ -296,7 +303,8 @@ def gradients(
             mse, loss = F.mse_loss(pred, eps), each.mean()
             acc.backward((mse+task.weight*loss)/n)
         losses += torch.stack([mse.detach(), loss.detach()])/n
-        bands = bands + band_sums(s.detach(), m, t, config.T, (pred.detach()-eps).square().mean((1, 2, 3)), each.detach())
+        bands = bands + band_sums(s.detach(), m, t, config.T, (pred.detach()-eps).square().mean((1, 2, 3)),
+                                  each.detach())
     return losses, bands
 
 # %% ../../nbs/generation/04_training.ipynb #3ec55bb1
@@ -312,12 +320,15 @@ def train_generator(
     log_with:Any=None,          # trackers of the rows of log.csv, as accelerate takes them: "tensorboard", "wandb", a `GeneralTracker`, or a list of these
 )->tuple[UNet2DConditionModel, Conditioner]: # moving averages, on the CPU
     "Algorithm 1. The same call goes on where an interrupted one stopped. ValueError for misfits and for a loss that is no number."
-    if faces.size!=generator.size: raise ValueError(f"{faces.name} has {faces.size} px, the generator {generator.size} px: open the faces at size={generator.size}")
-    if config.sample_every and not hasattr(method, "sample"): raise ValueError(f"{method.__name__} draws no samples while it trains: leave sample_every at 0")
+    if faces.size!=generator.size:
+        raise ValueError(f"{faces.name} has {faces.size} px, the generator {generator.size} px: open the faces at size={generator.size}")
+    if config.sample_every and not hasattr(method, "sample"):
+        raise ValueError(f"{method.__name__} draws no samples while it trains: leave sample_every at 0")
     out, acc = Path(out), fresh_accelerator(config.precision, log_with=log_with, project_dir=out)
     device, rank, world, main = acc.device, acc.process_index, acc.num_processes, acc.is_main_process
     share, rest = divmod(config.batch_size, world*config.accumulate)
-    if rest: raise ValueError(f"batch_size {config.batch_size} does not split over {world} processes with accumulate={config.accumulate}: choose a multiple of {world*config.accumulate}")
+    if rest:
+        raise ValueError(f"batch_size {config.batch_size} does not split over {world} processes with accumulate={config.accumulate}: choose a multiple of {world*config.accumulate}")
     torch.backends.cudnn.benchmark = True # every piece has one shape
     torch.manual_seed(config.seed)
     unet, conditioner = load_generator(init, method.conditioner) if init else (face_unet(generator), method.fresh_conditioner(generator, recogniser, config))
@@ -331,7 +342,9 @@ def train_generator(
     settings = dict(generator=generator.model_dump(mode="json"), faces=[faces.name, len(faces)]) | {
         k: v for k, v in config.model_dump(mode="json").items() if k not in PACE}
     first, log, state = 0, [], out/"state.safetensors"
-    if state.exists(): first, log = load_generator_state(state, denoiser, optimizer, ema, settings, type(config)().model_dump(mode="json"))
+    if state.exists():
+        first, log = load_generator_state(state, denoiser, optimizer, ema, settings,
+                                          type(config)().model_dump(mode="json"))
     check_same_start(acc, first, out)
     if first>=config.steps and (out/"unet").is_dir(): return load_generator(out, method.conditioner)
     with acc.autocast(): task = method(faces, recogniser, config, device, progress and main)
@@ -340,11 +353,14 @@ def train_generator(
     per_epoch, saved_at, logged_at = len(faces)//config.batch_size, time.monotonic(), time.monotonic()
     mine = slice(rank*share*config.accumulate, (rank+1)*share*config.accumulate)
     sums, bands = torch.zeros(3, device=device), torch.zeros(BANDS, 7, device=device)
-    order = (b for e in range(first//max(1, per_epoch), 10**9) for b in batches(faces, config.batch_size, config.seed, e, start=first%per_epoch if e==first//per_epoch else 0, part=mine))
+    order = (b for e in range(first//max(1, per_epoch), 10**9)
+             for b in batches(faces, config.batch_size, config.seed, e,
+                              start=first%per_epoch if e==first//per_epoch else 0, part=mine))
     bar = tqdm(total=config.steps, initial=first, desc="generator", disable=not (progress and main))
     for step in range(first, config.steps):
         images, _, index = next(order)
-        joint = images[:1].expand(config.batch_size, -1, -1, -1) # only its shape counts: what is drawn depends on no process, no piece
+        # only its shape counts: what is drawn depends on no process, no piece
+        joint = images[:1].expand(config.batch_size, -1, -1, -1)
         flip, t, *extra, eps = (v[mine] for v in task.draw(joint, step_generator(config.seed, step, device)))
         x, index = to_float(to_device(images, device)), to_device(index, device)
         x = torch.where(flip[:, None, None, None], x.flip(-1), x).contiguous(memory_format=layout(config))
@@ -360,12 +376,14 @@ def train_generator(
             logged_at += save_samples(out/f"samples/{step+1:07d}.png", task, denoiser, ema)
         if (step+1)%config.log_every and step+1<config.steps: continue
         sums, bands = acc.reduce(sums, "mean"), acc.reduce(bands, "sum")
-        if not sums.isfinite().all(): raise ValueError(f"the loss is not a number within the {config.log_every} steps before step {step+1}: "
+        if not sums.isfinite().all():
+            raise ValueError(f"the loss is not a number within the {config.log_every} steps before step {step+1}: "
             f"lower lr ({config.lr}) or clip_grad ({config.clip_grad}); {state if state.exists() else 'no state'} holds the last good one")
         n, now = bands[:, 0].sum().item(), time.monotonic()
         means = (sums*config.batch_size/n).tolist()
         name = f"loss_{method.name}"
-        log.append({"step": step+1, "loss_mse": means[0], name: means[1], "grad_norm": means[2], **band_row(bands, "mse", name), "images_per_s": n/(now-logged_at)})
+        log.append({"step": step+1, "loss_mse": means[0], name: means[1], "grad_norm": means[2],
+                    **band_row(bands, "mse", name), "images_per_s": n/(now-logged_at)})
         acc.log(log[-1], step=step+1)
         bar.set_postfix(mse=f"{means[0]:.4f}", **{method.name: f"{means[1]:.3f}"}, slope=f"{log[-1]['slope_3']:.2f}")
         if main and (now-saved_at>=config.save_every or step+1==config.steps):
@@ -389,8 +407,10 @@ def plot_training(
         fig, axes = plt.subplots(1, 3, figsize=(7.8, 2.3))
         for ax, kind, title in zip(axes, ("mse", name, "slope"), ("loss_mse", name, "slope of s over m")):
             for k, colour in enumerate(plt.cm.viridis(np.linspace(0, .9, BANDS))):
-                if f"{kind}_{k}" in log: ax.plot(log["step"], log[f"{kind}_{k}"], color=colour, label=f"{k/BANDS:g} to {(k+1)/BANDS:g}")
-                if kind=="slope" and name=="loss_simmat": ax.axhline((k+.5)/BANDS, color=colour, linestyle="--", linewidth=.8)
+                if f"{kind}_{k}" in log:
+                    ax.plot(log["step"], log[f"{kind}_{k}"], color=colour, label=f"{k/BANDS:g} to {(k+1)/BANDS:g}")
+                if kind=="slope" and name=="loss_simmat":
+                    ax.axhline((k+.5)/BANDS, color=colour, linestyle="--", linewidth=.8)
             ax.set(title=title, xlabel="step")
         for ax, whole in zip(axes, ("loss_mse", name)): ax.plot(log["step"], log[whole], "k", label="all")
         axes[0].set(yscale="log")

@@ -27,7 +27,8 @@ def unit_rows(emb:Tensor|np.ndarray, start:int, stop:int)->Tensor: # float64 [B,
     rows = torch.as_tensor(np.array(emb[start:stop], np.float64)) if isinstance(emb, np.ndarray) else emb[start:stop].double()
     norm = rows.norm(dim=1, keepdim=True)
     wrong = (~((norm > 0) & norm.isfinite())).nonzero()
-    if len(wrong): raise ValueError(f"the embedding of candidate {start + int(wrong[0, 0])} is zero or not finite: leave it out")
+    if len(wrong):
+        raise ValueError(f"the embedding of candidate {start + int(wrong[0, 0])} is zero or not finite: leave it out")
     return rows / norm
 
 def first_near(near:np.ndarray)->np.ndarray: # bool [B,B]; int64 [B]: which one drops each candidate, -1: nobody
@@ -59,7 +60,8 @@ def choose_inquiries(emb:Tensor|np.ndarray, # [N,D] embeddings of the candidates
                      progress:bool=False,
                     )->Selection:
     "Greedy choice of candidates that all differ (Section 3.2.2), in float64. ValueError if there is none, or an embedding has no direction."
-    if emb.ndim != 2 or not len(emb): raise ValueError(f"candidates of shape {tuple(emb.shape)}: give embeddings [N,D], at least one")
+    if emb.ndim != 2 or not len(emb):
+        raise ValueError(f"candidates of shape {tuple(emb.shape)}: give embeddings [N,D], at least one")
     chosen, dropped = [], []
     with tqdm(total=len(emb), desc="comparing", disable=not progress) as bar:
         for start in range(0, len(emb), block):

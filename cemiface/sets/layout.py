@@ -48,7 +48,8 @@ def set_plan(name:str, # one of `PLANS`
     if name not in PLANS: raise ValueError(f"no plan is called {name!r}: choose one of {', '.join(PLANS)}")
     if not 0 < scale <= 1: raise ValueError(f"scale {scale} of the plan {name}: choose more than 0 and at most 1")
     plan = PLANS[name]
-    return dict(per_subject=[(max(1, round(n*scale)), k) for n, k in plan["per_subject"]], m=list(plan["m"]), steps=20, oversample=5)
+    return dict(per_subject=[(max(1, round(n*scale)), k) for n, k in plan["per_subject"]], m=list(plan["m"]), steps=20,
+                oversample=5)
 
 # %% ../../nbs/sets/02_layout.ipynb #40a8a2b7
 def image_seed(set_seed:int, # of the whole set
@@ -93,7 +94,8 @@ def batch_rows(config:dict, counts:np.ndarray, cells:list)->list[tuple]: # file,
     rows, ext = [], config.get("ext", "png")
     for i, k in cells:
         rows.append((image_file(i, k, ext), i, k))
-        if k == counts[i]-1: rows += [(image_file(i, f"inquiry_{j}"), i, f"inquiry_{j}") for j in range(config["oversample"])]
+        if k == counts[i]-1:
+            rows += [(image_file(i, f"inquiry_{j}"), i, f"inquiry_{j}") for j in range(config["oversample"])]
     return rows
 
 def set_rows(config:dict)->list[tuple]: # file, subject, image
@@ -139,9 +141,11 @@ class BatchStore:
         return [pool.submit(whole)] if rows else []
     def read(self, b:int, rows:list)->list[bytes]:
         try:
-            with open(self.path(b), "rb", buffering=0) as f: images = [read_payload(f, at, str(self.path(b)))[24:] for at in scan_records(f).tolist()]
+            with open(self.path(b), "rb", buffering=0) as f:
+                images = [read_payload(f, at, str(self.path(b)))[24:] for at in scan_records(f).tolist()]
         except FileNotFoundError: raise FileNotFoundError(f"{self.path(b)} is gone: run its share again") from None
-        if len(images) != len(rows): raise ValueError(f"{self.path(b)} holds {len(images)} images instead of {len(rows)}: remove it and run its share again")
+        if len(images) != len(rows):
+            raise ValueError(f"{self.path(b)} holds {len(images)} images instead of {len(rows)}: remove it and run its share again")
         return images
 
 def open_store(out:Path, config:dict): return BatchStore(out) if config.get("form") == "records" else FolderStore(out)
@@ -151,7 +155,8 @@ def share_name(shard:tuple)->str: return "{:05d}-of-{:05d}".format(*shard)
 
 def notes_of(out:Path)->list[dict]: # config, environments, ...
     "What was noted about a set by its maker or makers."
-    return [json.loads(path.read_bytes()) for path in [out/"set.json", *sorted((out/".shares").glob("*-of-*.json"))] if path.exists()]
+    return [json.loads(path.read_bytes())
+            for path in [out/"set.json", *sorted((out/".shares").glob("*-of-*.json"))] if path.exists()]
 
 def start_share(out:Path, # the set's folder
                 config:dict, # decides what the images are
@@ -161,11 +166,13 @@ def start_share(out:Path, # the set's folder
     "Start a share of a set, or go on with it. ValueError if the folder holds something else or a set of another configuration."
     used = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
     before, path = notes_of(out), out/".shares"/f"{share_name(shard)}.json"
-    if used and not before: raise ValueError(f"{out} is not empty and holds no set.json: choose an empty or a new folder")
+    if used and not before:
+        raise ValueError(f"{out} is not empty and holds no set.json: choose an empty or a new folder")
     for old in before:
         keys = [k for k in {**old["config"], **config} if old["config"].get(k) != config.get(k)]
         differ = "; ".join(f"{k} is {old['config'].get(k)} there and {config.get(k)} here" for k in keys)
-        if differ: raise ValueError(f"{out} holds a set of another configuration ({differ}): choose another folder, or repeat that configuration")
+        if differ:
+            raise ValueError(f"{out} holds a set of another configuration ({differ}): choose another folder, or repeat that configuration")
     environments = json.loads(path.read_bytes())["environments"] if path.exists() else []
     environments += [e for e in [notes.pop("environment")] if e not in environments]
     write_whole(path, (json.dumps({"config": config, "environments": environments, **notes}, indent=1) + "\n").encode())
@@ -173,8 +180,10 @@ def start_share(out:Path, # the set's folder
 # %% ../../nbs/sets/02_layout.ipynb #140c3768
 def finished(out:Path, config:dict)->bool:
     "Is the set complete, as far as can be told without reading its images? Then what is left of its making is removed."
-    files = ["set.json", "manifest.csv"] + (["train.rec", "train.idx", "property"] if config.get("form") == "records" else [])
-    done = all((out/file).exists() for file in files) and (config.get("form") == "records" or all((out/file).exists() for file, *_ in set_rows(config)))
+    files = ["set.json", "manifest.csv"] + (["train.rec", "train.idx", "property"] if config.get("form") == "records"
+                                            else [])
+    done = all((out/file).exists() for file in files) and (config.get("form") == "records"
+                                                           or all((out/file).exists() for file, *_ in set_rows(config)))
     if done: clean(out)
     return done
 
@@ -193,7 +202,8 @@ def write_share(draw_batch:Callable, # (subject, image) pairs to uint8 [B,3,S,S]
     "Draw and write whatever a share still lacks, then note its files and their checksums."
     store, counts, ext, batches, sums, writing = open_store(out, config), image_counts(config), config.get("ext", "png"), set_batches(config, shard), {}, []
     named = lambda b, rows: [(row[0], checksum(data)) for row, data in zip(rows, store.read(b, rows))]
-    with ThreadPoolExecutor(4) as pool, tqdm(total=sum(len(c) for _, c in batches), unit="img", desc="generating", disable=not progress) as bar:
+    with ThreadPoolExecutor(4) as pool, tqdm(total=sum(len(c) for _, c in batches), unit="img", desc="generating",
+                                             disable=not progress) as bar:
         for b, cells in batches:
             rows = batch_rows(config, counts, cells)
             lacking = set(store.missing(b, rows))
@@ -213,13 +223,16 @@ def share_lines(out:Path)->Iterator[list]: # file, checksum; in the set's order
     written, started = (sorted(tuple(map(int, p.stem.split("-of-"))) for p in (out/".shares").glob(f"*-of-*.{suffix}")) for suffix in ("csv", "json"))
     lacking = {n: [s for s in range(n) if (s, n) not in written] for n in {n for _, n in started}}
     whole = [n for n, shares in lacking.items() if not shares]
-    if not whole: raise ValueError(f"{out} is not complete: {'; '.join(f'of {n} shares {shares} are not finished' for n, shares in lacking.items()) or 'no share was started'}: run them, then merge")
-    return (line.rsplit(",", 1) for s in range(whole[0]) for line in (out/".shares"/f"{share_name((s, whole[0]))}.csv").read_text().splitlines())
+    if not whole:
+        raise ValueError(f"{out} is not complete: {'; '.join(f'of {n} shares {shares} are not finished' for n, shares in lacking.items()) or 'no share was started'}: run them, then merge")
+    return (line.rsplit(",", 1) for s in range(whole[0])
+            for line in (out/".shares"/f"{share_name((s, whole[0]))}.csv").read_text().splitlines())
 
 def checked_images(out:Path, config:dict, progress:bool)->Iterator[tuple]: # row, encoded image, checksum
     "Every image of the set in order, as its writer wrote it. ValueError or OSError names one that is not."
     store, counts, lines, batches = open_store(out, config), image_counts(config), share_lines(out), set_batches(config)
-    with ThreadPoolExecutor(4) as pool, tqdm(total=counts.sum(), unit="img", desc="merging", disable=not progress) as bar:
+    with ThreadPoolExecutor(4) as pool, tqdm(total=counts.sum(), unit="img", desc="merging",
+                                             disable=not progress) as bar:
         for start in range(0, len(batches), 16):
             jobs = [(b, batch_rows(config, counts, cells)) for b, cells in batches[start:start+16]]
             for (b, rows), images in zip(jobs, pool.map(lambda job: store.read(*job), jobs)):
@@ -236,7 +249,8 @@ def manifest(config:dict, sums:list)->pd.DataFrame: # file, subject, k, seed, m,
     "One row per image: what made it, and the checksum of its file."
     m, seed, rows = config["m"] or [""], config["seed"], []
     for file, i, k in set_rows(config):
-        rows.append((file, i, "", "", "", "inquiry") if isinstance(k, str) else (file, i, k, image_seed(seed, i, k), m[k % len(m)], config["sampler"]))
+        rows.append((file, i, "", "", "", "inquiry") if isinstance(k, str)
+                    else (file, i, k, image_seed(seed, i, k), m[k % len(m)], config["sampler"]))
     return pd.DataFrame(rows, columns=["file", "subject", "k", "seed", "m", "sampler"], dtype=object).assign(sha256=sums)
 
 def merge_records(out:Path, config:dict, progress:bool)->list[str]: # checksums
@@ -253,13 +267,15 @@ def merge_records(out:Path, config:dict, progress:bool)->list[str]: # checksums
 def merge_set(out:str|Path, progress:bool=True)->Path: # the folder
     "Check all shares of a set and finish it; a finished set is left as it is. ValueError or OSError names a share or an image that is missing or damaged."
     out = Path(out)
-    if not (notes := notes_of(out)): raise ValueError(f"{out} holds no set, nor the beginning of one: start it with generate_set")
+    if not (notes := notes_of(out)):
+        raise ValueError(f"{out} holds no set, nor the beginning of one: start it with generate_set")
     config = notes[-1]["config"]
     if not (out/".shares").exists() and finished(out, config): return out
     sums = merge_records(out, config, progress) if config.get("form") == "records" else [digest for *_, digest in checked_images(out, config, progress)]
     makers = notes[:1] if (out/"manifest.csv").exists() else notes
     environments = list({json.dumps(e): e for note in makers for e in note["environments"]}.values())
-    write_whole(out/"set.json", (json.dumps({**notes[-1], "config": config, "environments": environments}, indent=1) + "\n").encode())
+    write_whole(out/"set.json",
+                (json.dumps({**notes[-1], "config": config, "environments": environments}, indent=1) + "\n").encode())
     write_whole(out/"manifest.csv", manifest(config, sums).to_csv(index=False, lineterminator="\n").encode())
     clean(out)
     return out

@@ -59,7 +59,8 @@ def m_slider(images:Tensor, # uint8 [R,C,3,S,S] from `draw_m_grid`
             )->str: # HTML that stands alone
     "A slider over m: each row's inquiry, and its image at that m with the cosine achieved. ValueError if the columns differ in number."
     R, C = images.shape[:2]
-    if not C == len(ms) == achieved.shape[1]: raise ValueError(f"{C} columns of images, {len(ms)} values of m, {achieved.shape[1]} columns of cosines: give one each")
+    if not C == len(ms) == achieved.shape[1]:
+        raise ValueError(f"{C} columns of images, {len(ms)} values of m, {achieved.shape[1]} columns of cosines: give one each")
     first, start = (inquiries if inquiries.ndim == 4 else inquiries.expand(R, -1, -1, -1))[:, None], min(range(C), key=lambda j: abs(ms[j]))
     sheet = base64.b64encode(encode_image(contact_sheet(torch.cat([first, images], 1), gap=0))).decode()
     name = f"m{zlib.crc32(sheet.encode()):x}" # so that two sliders on a page keep their own sheets

@@ -50,13 +50,15 @@ class StoredSet:
         "The image of one row as it is stored. OSError or ValueError if it is not there."
         if isinstance(self.store, Files): return self.store.read(row), int(self.store.paths[row].split("/")[0])
         at = int(np.searchsorted(self.store.keys, row+1))
-        if at == len(self.store) or self.store.keys[at] != row+1: raise ValueError(f"record {row+1} is missing or damaged")
+        if at == len(self.store) or self.store.keys[at] != row+1:
+            raise ValueError(f"record {row+1} is missing or damaged")
         return self.store.read(at), int(self.store.labels[at])
 
     def faces(self, rows:np.ndarray, name:str)->FaceSet: # label = index of the inquiry
         "The images of some rows."
         subject = torch.as_tensor(self.table.subject[rows].astype(int).to_numpy(copy=True))
-        return FaceSet(Picked(self, torch.as_tensor(rows)), subject, [f"{i:06d}" for i in range(self.config["subjects"])], name)
+        return FaceSet(Picked(self, torch.as_tensor(rows)), subject,
+                       [f"{i:06d}" for i in range(self.config["subjects"])], name)
 
     @cached_property
     def drawn_rows(self)->np.ndarray: return np.flatnonzero(self.table.sampler != "inquiry")
@@ -78,27 +80,35 @@ def open_set(out:str|Path, # a finished set of either form
     "ValueError if the set is not finished, or of another size."
     out = Path(out)
     for name in ("set.json", "manifest.csv"):
-        if not (out/name).is_file(): raise ValueError(f"{out} has no {name}: not a finished set; finish it with generate_set or merge_set")
+        if not (out/name).is_file():
+            raise ValueError(f"{out} has no {name}: not a finished set; finish it with generate_set or merge_set")
     notes, table = json.loads((out/"set.json").read_bytes()), pd.read_csv(out/"manifest.csv", dtype=str, keep_default_na=False)
-    if size and notes["config"]["size"] != size: raise ValueError(f"{out} has images of {notes['config']['size']} pixels, the recogniser takes {size}: choose another --recogniser")
-    return StoredSet(out, notes, table, RecordFile(out/"train.rec") if notes["config"].get("form") == "records" else Files(out, table.file.tolist()))
+    if size and notes["config"]["size"] != size:
+        raise ValueError(f"{out} has images of {notes['config']['size']} pixels, the recogniser takes {size}: choose another --recogniser")
+    return StoredSet(out, notes, table,
+                     RecordFile(out/"train.rec") if notes["config"].get("form") == "records"
+                     else Files(out, table.file.tolist()))
 
 def is_generated(source:str)->bool:
     "Whether this names a set of `generate_set`, finished or not."
-    return not source.startswith("proc:") and any((Path(source).expanduser()/name).exists() for name in ("set.json", ".shares"))
+    return not source.startswith("proc:") and any((Path(source).expanduser()/name).exists()
+                                                  for name in ("set.json", ".shares"))
 
 # %% ../../nbs/sets/04_stored.ipynb #4936880e
 def inquiries_of(stored:StoredSet, given:FaceSet|Tensor|None=None)->FaceSet|Tensor:
     "The inquiries as they were given to `generate_set`, or else the set's copies of them. ValueError without either."
     if given is not None: return given
-    if stored.inquiries is None: raise ValueError(f"{stored.out} holds no copies of its inquiries (oversample=0): pass `inquiries`, as they were given to generate_set")
+    if stored.inquiries is None:
+        raise ValueError(f"{stored.out} holds no copies of its inquiries (oversample=0): pass `inquiries`, as they were given to generate_set")
     return stored.inquiries
 
 def check_inquiries(stored:StoredSet, inquiries:FaceSet)->None:
     "ValueError if a set was drawn from other inquiries, or in another order: it keeps their hash."
     h = hashlib.blake2b(digest_size=16)
-    for rows in torch.arange(len(inquiries)).split(1024): h.update(inquiries.images[rows].contiguous().numpy().tobytes())
-    if h.hexdigest() != stored.config["inquiries"]: raise ValueError(f"{inquiries.name}: these are not the {len(inquiries)} inquiries that {stored.out} was drawn from, in their order and size: give them as they were given to generate")
+    for rows in torch.arange(len(inquiries)).split(1024):
+        h.update(inquiries.images[rows].contiguous().numpy().tobytes())
+    if h.hexdigest() != stored.config["inquiries"]:
+        raise ValueError(f"{inquiries.name}: these are not the {len(inquiries)} inquiries that {stored.out} was drawn from, in their order and size: give them as they were given to generate")
 
 # %% ../../nbs/sets/04_stored.ipynb #f1f0ba85
 def row_fault(stored:StoredSet, row:tuple)->str: # empty if there is none
@@ -114,7 +124,8 @@ def row_fault(stored:StoredSet, row:tuple)->str: # empty if there is none
 
 def unknown_images(stored:StoredSet)->list[tuple]: # file, fault
     "Images of a set that its manifest does not name."
-    if isinstance(stored.store, RecordFile): return [(f"record {k}", "is not in the manifest") for k in stored.store.keys.tolist() if k > len(stored)]
+    if isinstance(stored.store, RecordFile):
+        return [(f"record {k}", "is not in the manifest") for k in stored.store.keys.tolist() if k > len(stored)]
     there = {p.relative_to(stored.out).as_posix() for p in stored.out.glob("[!.]*/[!.]*")}
     return [(file, "is not in the manifest") for file in sorted(there - set(stored.table.file))]
 
@@ -125,7 +136,8 @@ def plan_faults(stored:StoredSet)->list[tuple]: # file, fault
     both = min(len(plan), len(table))
     wrong = (plan[columns].to_numpy()[:both] != table[columns].to_numpy()[:both]).any(1)
     length = [("manifest.csv", f"has {len(table)} images, set.json promises {len(plan)}")] if len(plan) != len(table) else []
-    return length + [(table.file[r], "its line in the manifest is not what set.json promises") for r in np.flatnonzero(wrong)]
+    return length + [(table.file[r], "its line in the manifest is not what set.json promises")
+                     for r in np.flatnonzero(wrong)]
 
 def verify_set(out:str|Path, progress:bool=False)->pd.DataFrame: # file, fault: empty if the set is sound
     "Check a finished set against its manifest, and the manifest against its plan. ValueError if it is not finished."
@@ -134,7 +146,8 @@ def verify_set(out:str|Path, progress:bool=False)->pd.DataFrame: # file, fault: 
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(rows), unit="img", desc="checking", disable=not progress) as bar:
         for start in range(0, len(rows), 1024):
             some = rows[start:start+1024]
-            faults += [(row.file, fault) for row, fault in zip(some, pool.map(lambda row: row_fault(stored, row), some)) if fault]
+            faults += [(row.file, fault)
+                       for row, fault in zip(some, pool.map(lambda row: row_fault(stored, row), some)) if fault]
             bar.update(len(some))
     return pd.DataFrame(faults + unknown_images(stored), columns=["file", "fault"])
 
@@ -152,7 +165,8 @@ class Regenerated:
 def image_id(image:str)->tuple[int, int]: # subject, image
     "Read an image's name: 000003/0002.png, or 3/2. ValueError for anything else."
     parts = re.fullmatch(r"(\d+)/(\d+)(\.\w+)?", image)
-    if not parts: raise ValueError(f"{image!r} is no generated image: write SUBJECT/NUMBER, such as 000003/0002.png or 3/2")
+    if not parts:
+        raise ValueError(f"{image!r} is no generated image: write SUBJECT/NUMBER, such as 000003/0002.png or 3/2")
     return int(parts[1]), int(parts[2])
 
 # %% ../../nbs/sets/04_stored.ipynb #0c9839ab
@@ -180,8 +194,10 @@ def regenerate(out:str|Path, # a finished set
     stored, (i, k) = open_set(out), image_id(image)
     config, ext = stored.config, stored.config.get("ext", "png")
     file, counts = image_file(i, k, ext), image_counts(config)
-    if i >= len(counts) or k >= counts[i]: raise ValueError(f"{out} has no image {file}: it has {len(counts)} subjects of up to {counts.max()} images")
-    if (mine := model_hash(pipe)) != config["model"]: raise ValueError(f"{out} was made by the generator {config['model']}, this one is {mine}: load the one that made it")
+    if i >= len(counts) or k >= counts[i]:
+        raise ValueError(f"{out} has no image {file}: it has {len(counts)} subjects of up to {counts.max()} images")
+    if (mine := model_hash(pipe)) != config["model"]:
+        raise ValueError(f"{out} was made by the generator {config['model']}, this one is {mine}: load the one that made it")
     batch, given = filled(set_batches(config)[(int(counts[:i].sum()) + k)//config["batch_size"]][1], config["batch_size"]), inquiries_of(stored, inquiries)
     emb = batch_embeddings(pipe, getattr(given, "images", given), config, batch)
     drawn = draw_cells(pipe, emb, config, [(i, k)] if alone else batch)[0 if alone else batch.index((i, k))]

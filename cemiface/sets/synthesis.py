@@ -64,7 +64,8 @@ def inquiry_embeddings(pipe:CemiFacePipeline,
 def environment(pipe:CemiFacePipeline)->dict: # what an image can depend on beside the configuration
     "Versions and the kind of device."
     device = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else f"{pipe.device.type}, {torch.get_num_threads()} threads"
-    return {"cemiface": cemiface.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__, "numpy": np.__version__, "python": platform.python_version(), "device": device}
+    return {"cemiface": cemiface.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+            "numpy": np.__version__, "python": platform.python_version(), "device": device}
 
 # %% ../../nbs/sets/03_synthesis.ipynb #78882d70
 @contextmanager
@@ -85,7 +86,8 @@ def draw(pipe:CemiFacePipeline,
     "One image for each embedding, similarity factor and seed."
     own = [torch.Generator().manual_seed(s) for s in seeds]
     with quiet(pipe):
-        x0 = pipe(embeddings=emb, m=m, noise=image_noise(seeds, pipe.unet.config.sample_size), num_inference_steps=steps, generator=own, output_type="pt").images
+        x0 = pipe(embeddings=emb, m=m, noise=image_noise(seeds, pipe.unet.config.sample_size),
+                  num_inference_steps=steps, generator=own, output_type="pt").images
     return to_uint8(x0).cpu()
 
 # %% ../../nbs/sets/03_synthesis.ipynb #e28846fb
@@ -109,15 +111,22 @@ def wanted_m(pipe:CemiFacePipeline, m:float|list|None)->list|None:
     similarity_factors(m := np.atleast_1d(m).astype(float).tolist(), len(m))
     return m
 
-def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list|None, per_subject:int|list, seed:int, batch_size:int, steps:int, oversample:int, form:str, ext:str)->dict:
+def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list|None, per_subject:int|list, seed:int,
+               batch_size:int, steps:int, oversample:int, form:str, ext:str)->dict:
     "What decides the images of a set, beside generator and inquiries. ValueError for bad settings."
     m, runs = wanted_m(pipe, m), image_runs(per_subject, len(inquiries))
-    if batch_size < 1 or oversample < 0: raise ValueError(f"batch_size={batch_size} must be at least 1 and oversample={oversample} at least 0")
-    if form not in ("folder", "records") or ext not in ("png", "jpg"): raise ValueError(f"form={form!r}, ext={ext!r}: choose folder or records, and png or jpg")
-    if oversample and isinstance(inquiries, Tensor): raise ValueError("embeddings have no image to oversample: pass oversample=0")
-    config = dict(subjects=len(inquiries), per_subject=per_subject if isinstance(per_subject, int) else runs, m=m, seed=seed, steps=steps, sampler=type(pipe.scheduler).__name__, oversample=oversample,
+    if batch_size < 1 or oversample < 0:
+        raise ValueError(f"batch_size={batch_size} must be at least 1 and oversample={oversample} at least 0")
+    if form not in ("folder", "records") or ext not in ("png", "jpg"):
+        raise ValueError(f"form={form!r}, ext={ext!r}: choose folder or records, and png or jpg")
+    if oversample and isinstance(inquiries, Tensor):
+        raise ValueError("embeddings have no image to oversample: pass oversample=0")
+    config = dict(subjects=len(inquiries), per_subject=per_subject if isinstance(per_subject, int) else runs, m=m,
+                  seed=seed, steps=steps, sampler=type(pipe.scheduler).__name__, oversample=oversample,
                   size=pipe.unet.config.sample_size, batch_size=max(1, min(batch_size, sum(n*k for n, k in runs))))
-    return config | {k: v for k, v in dict(form=form, ext=ext, precision=str(pipe.unet.dtype)[6:]).items() if v not in ("folder", "png", "float32")}
+    return config | {k: v
+                     for k, v in dict(form=form, ext=ext, precision=str(pipe.unet.dtype)[6:]).items()
+                     if v not in ("folder", "png", "float32")}
 
 # %% ../../nbs/sets/03_synthesis.ipynb #1fb04c55
 def draw_cells(pipe:CemiFacePipeline, emb:Tensor, config:dict, cells:list)->Tensor: # uint8 [B,3,S,S]
@@ -144,13 +153,17 @@ def generate_set(pipe:CemiFacePipeline,
     "Algorithm 2: a labelled set on disk, label = index of the inquiry. Called again, goes on where it stopped. ValueError for bad settings, OSError if the folder cannot be written."
     out, config = Path(out), set_config(pipe, inquiries, m, per_subject, seed, batch_size, steps, oversample, form, ext)
     cells = [cell for _, batch in set_batches(config, shard) for cell in batch]
-    emb, inquiry_hash = inquiry_embeddings(pipe, inquiries, config["batch_size"], range(cells[0][0], cells[-1][0]+1) if cells else range(0))
+    emb, inquiry_hash = inquiry_embeddings(pipe, inquiries, config["batch_size"],
+                                           range(cells[0][0], cells[-1][0]+1) if cells else range(0))
     config |= dict(model=model_hash(pipe), inquiries=inquiry_hash)
     licences = {"inquiries": "not stated", "generator": "not stated", "images": "not stated", **(licence or {})}
     names = [] if isinstance(inquiries, Tensor) else [inquiries.subjects[j] for j in inquiries.labels.tolist()]
-    start_share(out, config, shard, licence=licences, environment=environment(pipe), source="embeddings" if isinstance(inquiries, Tensor) else inquiries.name, label=f"{'number of the folder' if form == 'folder' else 'label of the record'} = index of the inquiry", names=names)
+    start_share(out, config, shard, licence=licences, environment=environment(pipe),
+                source="embeddings" if isinstance(inquiries, Tensor) else inquiries.name,
+                label=f"{'number of the folder' if form == 'folder' else 'label of the record'} = index of the inquiry", names=names)
     if finished(out, config): return out
-    write_share(lambda cells: draw_cells(pipe, emb, config, cells), lambda i: inquiries.images[torch.tensor([i])][0], config, out, shard, progress)
+    write_share(lambda cells: draw_cells(pipe, emb, config, cells), lambda i: inquiries.images[torch.tensor([i])][0],
+                config, out, shard, progress)
     return out if shard[1] > 1 else merge_set(out, progress=False)
 
 # %% ../../nbs/sets/03_synthesis.ipynb #8bc1871c
@@ -162,6 +175,8 @@ def draw_m_grid(pipe:CemiFacePipeline,
                )->Tensor: # uint8 [R,C,3,S,S]
     "Faces of one inquiry per row, with the row's noise, at each m (Figure 5). ValueError as the pipeline."
     x = to_float(inquiries if inquiries.ndim == 4 else inquiries.expand(len(seeds), -1, -1, -1))
-    if len(x) != len(seeds): raise ValueError(f"{len(x)} inquiries for {len(seeds)} seeds: give one inquiry, or one per seed")
+    if len(x) != len(seeds):
+        raise ValueError(f"{len(x)} inquiries for {len(seeds)} seeds: give one inquiry, or one per seed")
     emb = identity_embedding(pipe.recogniser, x, None)
-    return torch.stack([draw(pipe, e.expand(len(ms), -1), list(ms), [seed]*len(ms), steps) for e, seed in zip(emb, seeds)])
+    return torch.stack([draw(pipe, e.expand(len(ms), -1), list(ms), [seed]*len(ms), steps)
+                        for e, seed in zip(emb, seeds)])
