@@ -286,7 +286,7 @@ def test_package_data():
     assert data["tables"] and data["errata"]
     folder = ROOT / "cemiface"
     there = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
-    assert there == {*folder.glob("*.json"), *(p for p in folder.glob("weights/**/*") if p.is_file())}, "a data file that setup.py does not ship"
+    assert there == {*folder.glob("*.json"), *(p for p in folder.glob("weights/**/*") if p.is_file()), folder / "world/head.npz", folder / "world/HEAD_LICENSE.md"}, "a data file that setup.py does not ship"
 
 
 def test_ci_runs_the_readme():
