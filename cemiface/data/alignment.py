@@ -36,7 +36,7 @@ def arcface_template(
     size:int=112, # pixels a side of the crop
 )->Tensor: # float64 [5,2], (x, y) in pixels
     "Where ArcFace's code puts left eye, right eye, nose tip and mouth corners."
-    return (procfaces.TEMPLATE.double()*torch.tensor([1., -1.])+1)*size/2
+    return (procfaces.HALF_FRAME_TEMPLATE.double()*torch.tensor([1., -1.])+1)*size/2
 
 # %% ../../nbs/data/06_alignment.ipynb #abd44aed
 def similarity_transform(
