@@ -16,7 +16,7 @@ from .data import data_app
 from .generators import demo_command, generate_command, train_generator_command
 from .options import one_line_errors, OutOption, pick_device
 from .recognisers import groups_command, recogniser_app, train_recogniser_command, verify_command
-from .sets import audit_command, set_app
+from .sets import audit_command, render_command, set_app
 
 # %% ../../nbs/cli/07_app.ipynb #a19e43f2
 @one_line_errors("reproduce")
@@ -74,5 +74,5 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
                        "Example, a first picture: cemiface demo\n\n"
                        "Example, the paper's claim on procedural faces: cemiface reproduce --profile smoke")
 for name, command in {"reproduce": reproduce_command, "demo": demo_command, "train-recogniser": train_recogniser_command, "verify": verify_command, "groups": groups_command,
-                      "train-generator": train_generator_command, "generate": generate_command, "audit": audit_command}.items(): app.command(name)(command)
+                      "train-generator": train_generator_command, "generate": generate_command, "render": render_command, "audit": audit_command}.items(): app.command(name)(command)
 for name, group in dict(data=data_app, recogniser=recogniser_app, set=set_app, bench=bench_app).items(): app.add_typer(group, name=name)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WORK', 'POINTS', 'RENDERED_CARD', 'TRUTH_LINES', 'factor_spec', 'parse_factors', 'spec_words', 'factor_table',
-           'head_hash', 'render_config', 'rendered_config', 'environment_note', 'begin_rendering', 'block_rows',
-           'draw_block', 'block_table', 'block_piece', 'encode_parts', 'write_images', 'finish_block', 'write_blocks',
-           'checked_block', 'join_blocks', 'write_landmarks', 'write_sheet', 'write_rendered_card', 'merge_rendered',
-           'render_set']
+           'factor_lines', 'head_hash', 'render_config', 'rendered_config', 'drawn_images', 'environment_note',
+           'begin_rendering', 'block_rows', 'draw_block', 'block_table', 'block_piece', 'encode_parts', 'write_images',
+           'finish_block', 'write_blocks', 'checked_block', 'join_blocks', 'write_landmarks', 'write_sheet',
+           'write_rendered_card', 'merge_rendered', 'render_set']
 
 # %% ../../nbs/sets/06_rendered.ipynb #4b778601
 import difflib
@@ -98,6 +98,16 @@ def factor_table(
     rows += [(k, "person", spec_words(spec), MEANING.get(k, shape(k))) for k, spec in PERSON.items()]
     return pd.DataFrame(rows, columns=["factor", "of", "default", "meaning"])
 
+# %% ../../nbs/sets/06_rendered.ipynb #bc625b3f
+def factor_lines(
+    world:str="casia", # a name in `PRESETS`
+)->str:
+    "`factor_table` in lines."
+    table = factor_table(world)
+    table["of"] = table.of.where(table.of.ne(table.of.shift()), "") # said once
+    width = {k: table[k].str.len().max() for k in ("of", "factor")}
+    return "\n".join(f"{o.of:<{width['of']}} {o.factor:<{width['factor']}} {o.default:<30} {o.meaning}".rstrip() for o in table.itertuples())
+
 # %% ../../nbs/sets/06_rendered.ipynb #5b86c08b
 def head_hash()->str: # hex
     "Hash of the head's geometry and of the tables of factors: other faces have another one."
@@ -141,6 +151,15 @@ def rendered_config(
     "The settings with which a rendered set was begun; None if the folder holds none."
     path = next((p for p in (out/"render.json", out/WORK/"render.json") if p.exists()), None)
     return json.loads(path.read_bytes())["config"] if path else None
+
+def drawn_images(
+    out:Path, # a folder
+)->int:
+    "How many pictures of a rendered set are drawn so far; 0 if there is none."
+    if (config := rendered_config(out)) is None: return 0
+    total, size = config["subjects"]*config["per_subject"], config["batch_size"]
+    if (out/"render.json").exists(): return total
+    return sum(min(size, total - size*int(p.stem[6:])) for p in (out/WORK).glob("block-*.csv"))
 
 def environment_note(
     device:str,
