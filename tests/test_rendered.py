@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,7 @@ rendered.render_set(**json.loads(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 @FORMS
 def test_killed_and_called_again_gives_the_same_bytes(tmp_path, whole, form):
     out = tmp_path/"set"
@@ -93,10 +95,11 @@ class Crash(BaseException): "What a killed process does: nothing more."
 @FORMS
 def test_a_crash_at_any_step_of_the_end(tmp_path, monkeypatch, whole, form):
     import cemiface.sets.rendered as rendered
+    for s in (0, 1): make(tmp_path/"drawn", share=(s, 2), **form)
     for step in ("join_blocks", "write_landmarks", "write_sheet", "write_rendered_card", "clean"):
         if step == "write_landmarks" and not form: continue
         for after in (False, True):
-            out = tmp_path/f"{step}{after}"/"set"
+            out = shutil.copytree(tmp_path/"drawn", tmp_path/f"{step}{after}"/"set")
             with monkeypatch.context() as m:
                 def crash(*a, real=getattr(rendered, step)):
                     if after: real(*a)
@@ -224,3 +227,12 @@ def test_a_launcher_of_processes_gives_the_share(tmp_path):
     assert "share 2 of 2 is drawn" in answer.output and not (tmp_path/"set"/"render.json").exists()
     os.environ.pop("RANK", None)
     assert "holds 4 images of 2 subjects" in run(*words).output
+
+
+def test_bench_world(tmp_path):
+    answer = run("bench", "world", "--parts", "core", "--sizes", 16, "--seconds", .01, "--out", tmp_path/"bench.json")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads((tmp_path/"bench.json").read_text())
+    assert found["core"][0]["size"] == 16 and found["core"][0]["ms_per_image"] > 0 and "cpu" in found["machine"]
+    assert "choose from core, cores, written" in error("bench", "world", "--parts", "oven")
+    assert "whole numbers" in error("bench", "world", "--sizes", "big")

@@ -9,8 +9,9 @@ __all__ = ['WORK', 'POINTS', 'RENDERED_CARD', 'TRUTH_LINES', 'factor_spec', 'par
            'finish_block', 'write_blocks', 'checked_block', 'join_blocks', 'write_landmarks', 'write_sheet',
            'write_rendered_card', 'merge_rendered', 'render_set']
 
-# %% ../../nbs/sets/06_rendered.ipynb #4b778601
+# %% ../../nbs/sets/06_rendered.ipynb #dd31f730
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -108,7 +109,8 @@ def factor_lines(
     width = {k: table[k].str.len().max() for k in ("of", "factor")}
     return "\n".join(f"{o.of:<{width['of']}} {o.factor:<{width['factor']}} {o.default:<30} {o.meaning}".rstrip() for o in table.itertuples())
 
-# %% ../../nbs/sets/06_rendered.ipynb #5b86c08b
+# %% ../../nbs/sets/06_rendered.ipynb #2f6ca50b
+@functools.cache
 def head_hash()->str: # hex
     "Hash of the head's geometry and of the tables of factors: other faces have another one."
     h = hashlib.blake2b(repr((PERSON, PHOTO, PRESETS)).encode(), digest_size=16)
