@@ -129,6 +129,10 @@ def test_records_hold_the_pixels_of_the_folder(tmp_path, whole):
     assert (tmp_path/"records"/"property").read_text() == "5,16,16\n"
 
 
+def test_a_single_picture(tmp_path):
+    for form in ("folder", "records"): assert {"sheet.png", "README.md", "render.json"} < set(content(make(tmp_path/form, subjects=1, per_subject=1, form=form)))
+
+
 def test_finished_is_left_alone_and_a_lost_picture_is_drawn_again(tmp_path, monkeypatch):
     out = make(tmp_path/"set")
     before = content(out)

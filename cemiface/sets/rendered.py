@@ -39,8 +39,7 @@ from ..world.people import MEANING, PERSON, PHOTO, PRESETS, Between, U
 from ..world.photograph import PARTS
 from ..world.worlds import Photos, chunk_length, photograph, world_factors
 from ..data.images import decode_image, encode_image
-from ..data.recordio import RecordWriter
-from ..data.records import open_encoded
+from ..data.recordio import RecordFile, RecordWriter
 from .layout import checksum, clean, filled, image_file, open_store, set_batches
 from .pictures import contact_sheet
 
@@ -354,9 +353,13 @@ def write_sheet(
     images:int=8, # columns
 )->Path: # sheet.png
     "The first pictures of the first subjects, a row each."
-    stored, n = open_encoded(out), min(images, config["per_subject"])
-    rows = [[decode_image(stored.read(i*config["per_subject"] + k)) for k in range(n)] for i in range(min(subjects, config["subjects"]))]
-    return write_whole(out/"sheet.png", encode_image(contact_sheet(torch.stack([torch.stack(row) for row in rows]))))
+    cells = [(i, k) for i in range(min(subjects, config["subjects"])) for k in range(min(images, config["per_subject"]))]
+    if config["form"] == "records":
+        stored = RecordFile(out/"train.rec")
+        data = [stored.read(i*config["per_subject"] + k) for i, k in cells]
+    else: data = [(out/file).read_bytes() for file, *_ in block_rows(config, cells)]
+    faces = torch.stack([decode_image(o) for o in data])
+    return write_whole(out/"sheet.png", encode_image(contact_sheet(faces.unflatten(0, (-1, min(images, config["per_subject"]))))))
 
 # %% ../../nbs/sets/06_rendered.ipynb #5e331e73
 RENDERED_CARD = '''---
