@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from cemiface.cli.app import app
 from cemiface.data.alignment import align_folder
 from cemiface.data.images import decode_image
+from cemiface.data.recordio import RecordWriter
 from cemiface.data.records import open_encoded
 from cemiface.sets.rendered import merge_rendered, parse_factors, render_set
 from cemiface.world.people import PERSON, PHOTO
@@ -108,6 +109,19 @@ def test_a_crash_at_any_step_of_the_end(tmp_path, monkeypatch, whole, form):
                 with pytest.raises(Crash): make(out, **form)
             make(out, **form)
             assert content(out) == content(whole["records" if form else "folder"]), (step, after)
+
+
+def test_a_crash_in_the_middle_of_the_records(tmp_path, monkeypatch, whole):
+    form, out, add = FORMS.args[1][1], tmp_path/"set", RecordWriter.add
+    def crash(self, data, label):
+        if self.done == 7:
+            self.f.flush()
+            raise Crash
+        add(self, data, label)
+    with monkeypatch.context() as m:
+        m.setattr(RecordWriter, "add", crash)
+        with pytest.raises(Crash): make(out, **form)
+    assert content(make(out, **form)) == content(whole["records"])
 
 
 @FORMS
@@ -233,6 +247,7 @@ def test_a_launcher_of_processes_gives_the_share(tmp_path):
     assert "holds 4 images of 2 subjects" in run(*words).output
 
 
+@pytest.mark.slow
 def test_bench_world(tmp_path):
     answer = run("bench", "world", "--parts", "core", "--sizes", 16, "--seconds", .01, "--out", tmp_path/"bench.json")
     assert answer.exit_code == 0, answer.output

@@ -324,7 +324,7 @@ def join_blocks(
     "factors.csv of a set, and its record files if it has that form."
     blocks, made = set_batches(config), out/WORK/"set"
     shutil.rmtree(made, ignore_errors=True)
-    records = RecordWriter(made, None, config["size"], resume=True) if config["form"] == "records" else None
+    records = RecordWriter(made, None, config["size"]) if config["form"] == "records" else None
     with open(out/WORK/"factors.csv", "wb") as f:
         for b, cells in tqdm(blocks, unit="block", desc="joining", disable=not progress):
             rows = block_rows(config, cells)
