@@ -36,7 +36,7 @@ import cemiface
 from ..core.files import write_whole
 from ..world.head import load_head
 from ..world.people import MEANING, PERSON, PHOTO, PRESETS, Between, U
-from ..world.photograph import PARTS
+from ..world.photograph import LABELS
 from ..world.worlds import Photos, chunk_length, photograph, world_factors
 from ..data.images import decode_image, encode_image
 from ..data.recordio import RecordFile, RecordWriter
@@ -94,7 +94,7 @@ def known_factors(
     "Every factor with its distribution in a world. ValueError for an unknown world."
     if world not in PRESETS: raise ValueError(f"no world {world!r}: choose from {', '.join(PRESETS)}")
     shape = lambda k: "shape of the head" + (": left against right" if k.endswith("_asym") or k.startswith("asym_") else "")
-    rows = [(k, "photo", spec_words(spec), MEANING[k]) for k, spec in (PHOTO | PRESETS[world].photo).items()]
+    rows = [(k, "photo", spec_words(spec), MEANING[k]) for k, spec in (PHOTO | PRESETS[world].changes).items()]
     rows += [(k, "person", spec_words(spec), MEANING.get(k, shape(k))) for k, spec in PERSON.items()]
     return pd.DataFrame(rows, columns=["factor", "of", "default", "meaning"])
 
@@ -233,7 +233,7 @@ def block_piece(
 
 # %% ../../nbs/sets/06_rendered.ipynb #2db74b20
 def encode_parts(
-    parts:Tensor, # uint8 [S,S], numbers of `PARTS`
+    parts:Tensor, # uint8 [S,S], numbers of `LABELS`
 )->bytes: # png of one channel
     "A mask of parts as a picture, its pixels the numbers."
     data = io.BytesIO()
@@ -389,7 +389,7 @@ Faces of {subjects} people who do not exist, {per_subject} pictures of each, ren
 
 TRUTH_LINES = f'''- `landmarks.csv`: five landmarks of each picture in pixels, as `cemiface data align` takes them; they are columns of `factors.csv`, too.
 - `landmarks68.npy`: [N,68,2], iBUG's order, in the order of `factors.csv`.
-- `parts/`: a mask of each picture, its pixel values {", ".join(f"{i} {name}" for i, name in enumerate(PARTS))}.
+- `parts/`: a mask of each picture, its pixel values {", ".join(f"{i} {name}" for i, name in enumerate(LABELS))}.
 '''
 
 def write_rendered_card(
