@@ -18,7 +18,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.st
 MODULES = sorted((ROOT / "cemiface").rglob("*.py"))
 ABSOLUTE = re.compile(r"(?<![\w.:/<~])/(?:[\w.+-]+/)+[\w.+-]+|\b[A-Z]:\\\w")  # a path from the root, at least one folder deep
 PROGRESS = re.compile(r"\d+%\||\bit/s\b|\bs/it\b")
-IMPORT_NAME = {"scikit-learn": "sklearn", "pillow": "PIL", "opencv-python-headless": "cv2"}
+IMPORT_NAME = {"scikit-learn": "sklearn", "pillow": "PIL", "opencv-python-headless": "cv2", "dlib-bin": "dlib", "face-recognition-models": "face_recognition_models"}
 here = lambda p: p.relative_to(ROOT).as_posix()
 
 
@@ -257,7 +257,7 @@ def test_requirements(settings):
     assert {"nbdev", "execnb", "fastcore", "ghapi", "pytest"} <= set(dev) and not set(run) & set(dev)
     assert "2.4.14" in dev["nbdev"].specifier and "3.0" not in dev["nbdev"].specifier and "2.0" not in dev["fastcore"].specifier
     used = {o for p in MODULES for o in imported(p)} - set(sys.stdlib_module_names) - {"cemiface", "IPython"} # IPython is there wherever a notebook shows what `Finding` found
-    extras = [Requirement(o).name for k in ("onnx_requirements", "align_requirements") for o in settings[k].split()]
+    extras = [Requirement(o).name for k in ("onnx_requirements", "align_requirements", "realism_requirements") for o in settings[k].split()]
     assert used <= {IMPORT_NAME.get(o, o) for o in [*run, *extras]}, "imported by the library, but not among its requirements"
     assert {o for o in run if IMPORT_NAME.get(o, o) not in used} == set(), "a requirement that the library does not import: drop it, or ask for it in development alone"
     elsewhere = {o for p in sorted((ROOT / "tests").glob("*.py")) for o in imported(p)} | {o for p in NOTEBOOKS for o in imported_by_cells(p)}
