@@ -263,7 +263,7 @@ def test_requirements(settings):
     elsewhere = {o for p in sorted((ROOT / "tests").glob("*.py")) for o in imported(p)} | {o for p in NOTEBOOKS for o in imported_by_cells(p)}
     own = {"cemiface", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
     with_others = {"yaml", "packaging", "cloudpickle", "IPython", "matplotlib_inline"} # come with nbdev, pytest, submitit and jupyter
-    assert elsewhere - set(sys.stdlib_module_names) - own - with_others <= {IMPORT_NAME.get(o, o) for o in [*run, *dev]}
+    assert elsewhere - set(sys.stdlib_module_names) - own - with_others <= {IMPORT_NAME.get(o, o) for o in [*run, *dev, *extras]}
 
 
 def test_commands_exist(settings):
