@@ -142,7 +142,7 @@ def beard(
     chin = mix(bell(s.x/.26), 1., (2*p.beard - .5).clamp(0, 1))
     lip = bell(s.x/.25, (s.y - 6.80)/.062)*s.front
     full = (1.1*p.beard).clamp(0, .92)*jaw*chin + (1.1*p.moustache).clamp(0, .92)*lip + .12*(p.beard > .02)*jaw
-    return (full*(.90 + .13*s.fine.clamp(-1, 1))).clamp(0, .93)*(1 - s.lips)
+    return (full*(.78 + .13*s.fine.clamp(-1, 1) + .10*strand.clamp(-1.5, 1.5))).clamp(0, .88)*(1 - s.lips)
 
 def paint_hairs(
     c:Tensor,
