@@ -98,7 +98,7 @@ def realism(
 
 # %% ../../nbs/world/10_realism.ipynb #9c1c5c5d
 PORTRAIT = dict(yaw=N(.2, .6), **{f: U(0, 0) for f in "glasses hat mask hand occluder blur noise jpeg".split()})
-OWN_SHAPE = [f for f in PERSON if f.split("_")[0] in {*LOCAL, "asym"}] + [*ORIGINS, "male", "muscle", "weight"]
+OWN_SHAPE = [f for f in PERSON if f.removesuffix("_asym") in LOCAL or f.startswith("asym_")] + [*ORIGINS, "male", "muscle", "weight"]
 
 def shape_alone(
     person:Tensor, # [N,F], columns `PERSON`
