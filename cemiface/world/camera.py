@@ -153,11 +153,14 @@ def representative(
     samples:int, # along each side of a pixel
 )->tuple: # triangle, two weights, nearness [B,size*size] of the nearest sample; nearness of all [B,size*size,samples**2]
     "The nearest sample of each pixel, and how near each of its samples is."
-    def tiles(a): return a.view(len(a), size, samples, size, samples).transpose(2, 3).reshape(len(a), size*size, -1)
     if samples == 1: return *layer, layer[3][..., None]
-    k, w1, w2, z = map(tiles, layer)
-    j = z.argmax(-1, keepdim=True)
-    return *(a.gather(-1, j)[..., 0] for a in (k, w1, w2, z)), z
+    z = layer[3]
+    near = z.view(len(z), size, samples, size, samples).transpose(2, 3).reshape(len(z), size*size, -1)
+    j = near.argmax(-1)
+    pixel = torch.arange(size*size, device=z.device)
+    row, column = pixel//size*samples + j//samples, pixel % size*samples + j % samples
+    at = row*(size*samples) + column
+    return *(a.gather(1, at) for a in layer), near
 
 def interpolate(
     values:Tensor, # [V,C], or [B,V,C] where images differ

@@ -146,13 +146,15 @@ def worn(
     has = (photo.glasses > 0)[..., None]
     cap = ((photo.hat > .5) & (photo.hat < 1.5))[..., None]
     hat = torch.cat([photo.hat_r, photo.hat_g, photo.hat_b], 1)
-    hand_triangles = torch.cat([head.hand_quads[:, [0, 1, 2]], head.hand_quads[:, [0, 2, 3]]])
-    pieces = [(torch.where(has, frame, nowhere), frame_colour(photo), .3, FRAME),
-              (torch.where(cap, visor(scalp), nowhere), hat, .03, grid_triangles(*VISOR, closed=False)),
-              (torch.where((photo.hand > 0)[..., None], held_hand(v, head, photo), nowhere), skin, .04, hand_triangles)]
+    hand = photo.hand > 0
+    pieces = [(has, frame, frame_colour(photo), .3, FRAME),
+              (cap, visor(scalp), hat, .03, grid_triangles(*VISOR, closed=False))]
+    if hand.any():                                                             # a mesh of its own size: only where there is one
+        quads = head.hand_quads
+        pieces.append((hand[..., None], held_hand(v, head, photo), skin, .04, torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])))
     points, colours, triangles, first = [], [], [], 0
-    for p, c, gloss, t in pieces:
-        points.append(p)
+    for there, p, c, gloss, t in pieces:
+        points.append(torch.where(there, p, nowhere))
         colours.append(torch.cat([c, torch.full_like(c[:, :1], gloss)], 1)[:, None].expand(-1, p.shape[1], -1))
         triangles.append(t.to(v.device) + first)
         first += p.shape[1]
