@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUANTISATION', 'LABELS', 'Studio', 'quads_around', 'with_skull', 'studio', 'head_normals', 'lamp', 'unit',
            'light_head', 'tinted_dark', 'strands', 'light_hair', 'frame_grid', 'background', 'chosen', 'occluder',
-           'oil_paint', 'blurred', 'sensor_noise', 'cosine_transform', 'compressed', 'develop', 'Truth',
+           'oil_paint', 'out_of_focus', 'sensor_noise', 'cosine_transform', 'compressed', 'develop', 'Truth',
            'scene_geometry', 'draw_skin', 'draw_worn', 'draw_hair', 'parts_of', 'render']
 
 # %% ../../nbs/world/07_photograph.ipynb #6809deda
@@ -254,7 +254,7 @@ def oil_paint(
     for mean, v in corners[1:]: best, least = torch.where(v < least, mean, best), torch.minimum(v, least)
     return best
 
-def blurred(
+def out_of_focus(
     x:Tensor, # [B,3,S,S]
     sd:Tensor, # [B,1] pixels
 )->Tensor:
@@ -316,7 +316,7 @@ def develop(
     x = ((x - .45)*at(n.contrast)*1.1 + .46).clamp(0, 1)
     brush = max(1, S//45), max(1, S//70)
     x = chosen(x, n.painted > 0, lambda x, n: mix(x, oil_paint(oil_paint(x, brush[0]), brush[1]), at(n.painted)), n)
-    x = chosen(x, n.blur > 0, lambda x, n: blurred(x, n.blur*S), n)
+    x = chosen(x, n.blur > 0, lambda x, n: out_of_focus(x, n.blur*S), n)
     x = chosen(x, n.noise > 0, lambda x, n: (x + sensor_noise(n.noise_seed, 3*S*S).view_as(x)*at(n.noise)).clamp(0, 1), n)
     return chosen(x, n.jpeg > 0, lambda x, n: compressed(x, n.jpeg), n)
 
