@@ -22,7 +22,7 @@ from cemiface.data.faceset import to_float, to_uint8
 from cemiface.generation.pipeline import MARK, CemiFacePipeline, calibrated_m, untrained_pipeline
 from cemiface.generation.standalone import standalone
 from cemiface.generation.calibration import calibrate, sample_embeddings
-from cemiface.generation.diffusion import ddim_scheduler
+from cemiface.generation.diffusion import ddim_scheduler, image_size
 from cemiface.generation.conditioning import identity_embedding
 from cemiface.generation.shipped import shipped_pipeline
 from cemiface.world.faces import world_faces
@@ -40,7 +40,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def given(pipe): # eight inquiries with noise and m
-    g, size = torch.Generator().manual_seed(3), pipe.unet.config.sample_size
+    g, size = torch.Generator().manual_seed(3), image_size(pipe.unet)
     return dict(inquiries=torch.rand(8, 3, size, size, generator=g)*2 - 1, noise=torch.randn(8, 3, size, size, generator=g), m=torch.linspace(-1, 1, 8))
 
 

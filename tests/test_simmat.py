@@ -259,7 +259,7 @@ def test_a_run_may_go_on_in_another_way(whole, tmp_path):
 def test_a_batch_that_does_not_split_is_named(tmp_path):
     with pytest.raises(ValueError, match="batch_size 4 does not split over 1 processes with accumulate=3: choose a multiple of 3"):
         train(tmp_path, changed(SHORT, accumulate=3))
-    with pytest.raises(ValueError, match="Input should be 'no' or 'bf16'"): SimMatConfig(precision="fp16")
+    with pytest.raises(ValueError, match="Input should be 'auto', 'no' or 'bf16'"): SimMatConfig(precision="fp16")
 
 
 # who a face is

@@ -21,8 +21,8 @@ from ..core.files import write_whole
 from ..core.machine import default_device, machine
 from ..world.faces import world_faces
 from ..data.faceset import FaceSet, open_faces, to_float
-from ..recognition.backbones import backbone
-from ..generation.diffusion import ddim_scheduler, denoise, SAMPLERS
+from ..recognition.training import fresh_backbone
+from ..generation.diffusion import ddim_scheduler, denoise, image_size, SAMPLERS
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS, identity_embedding
 from ..generation.simmat import SimMatConfig
 from ..generation.training import Denoiser, train_generator
@@ -44,7 +44,7 @@ def generator_cost(
     "What one configuration costs, with the recogniser of its profile."
     config, teacher = GENERATORS[name], PROFILES[name].teacher
     with torch.device("meta"):
-        net, judge = Denoiser(face_unet(config), face_conditioner(config)), backbone(teacher.backbone, config.size, teacher.width).eval().requires_grad_(False)
+        net, judge = Denoiser(face_unet(config), face_conditioner(config)), fresh_backbone(teacher).eval().requires_grad_(False)
         given = torch.empty(1, 3, config.size, config.size), torch.zeros(1), torch.empty(1, config.emb_dim), torch.empty(1)
         with FlopCounterMode(display=False) as once: net(*given)
         with FlopCounterMode(display=False) as trained: judge(net(*given)).sum().backward()
@@ -118,7 +118,7 @@ def bench_generator_training(
         faces = FaceSet(torch.randint(0, 256, (2 * batch_size, 3, config.size, config.size), dtype=torch.uint8), torch.zeros(2 * batch_size, dtype=torch.int64), ["noise"], "noise")
         how = SimMatConfig(steps=2 * steps, batch_size=batch_size, log_every=steps, save_every=1e9, precision=precision, channels_last=precision == "bf16", compile=compile)
         with tempfile.TemporaryDirectory() as folder:
-            train_generator(faces, backbone(teacher.backbone, config.size, teacher.width), config, how, folder, progress=False)
+            train_generator(faces, fresh_backbone(teacher), config, how, folder, progress=False)
             rate = float(pd.read_csv(Path(folder)/"log.csv").images_per_s.iloc[-1])
     return dict(configuration=name, precision=precision, compile=compile, batch_size=batch_size, extrapolated=extrapolated, images_per_s=float(f"{rate:.3g}"),
                 gflop_per_image=cost["gflop_trained"], share_of_peak=round(rate * cost["gflop_trained"] * 1e9 / matmul_peak(precision), 3))
@@ -132,7 +132,7 @@ def bench_steps(
 )->dict: # achieved cosine at each m, distance to rendered faces, milliseconds an image
     "The shipped generator with one sampler: what it achieves, and what it costs."
     pipe, n = shipped_pipeline().to(default_device()), inquiries * len(ms)
-    size, judge = pipe.unet.config.sample_size, lambda x: identity_embedding(pipe.recogniser, x, None).float().cpu()
+    size, judge = image_size(pipe.unet), lambda x: identity_embedding(pipe.recogniser, x, None).float().cpu()
     real = judge(to_float(world_faces("casia", n, 1, size, first=20_000).images))
     if sampler == "rendered": return dict(sampler=sampler, frechet=round(frechet_distance(judge(to_float(world_faces("casia", n, 1, size, first=30_000).images)), real), 4))
     faces = to_float(world_faces("webface_1shot", inquiries, 1, size, first=10_000).images)

@@ -50,7 +50,7 @@ def train_generator_command(
     list_settings: ListSettingsOption = False,
     steps: Annotated[Optional[int], typer.Option(min=1, help="training steps; default: the preset's")] = None,
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="images per step, over all processes; default: the preset's")] = None,
-    precision: PrecisionOption = None,
+    precision: PrecisionOption = "auto",
     init: Annotated[Optional[Path], typer.Option(help="generator folder to start from; default: random weights")] = None,
     log_with: TrackerOption = None,
     subjects: SubjectsOption = None,
@@ -83,7 +83,7 @@ def train_generator_command(
     from cemiface.study.profiles import PROFILES
     train, pipeline = _trainers()[method]
     device = pick_device(device)
-    quick = dict(precision="bf16", channels_last=True) if device.startswith("cuda") else {}
+    quick = dict(channels_last=True) if device.startswith("cuda") else {}
     asked = dict(steps=steps, batch_size=batch_size, precision=precision, seed=seed)
     config = change_settings(changed(getattr(PROFILES[preset], method), **quick | {k: v for k, v in asked.items() if v is not None}), settings, GENERATOR_OPTIONS)
     if list_settings: return typer.echo(settings_list(config, GENERATOR_OPTIONS))
@@ -125,11 +125,12 @@ def _similarity_of(pipe, m:str|None, similarity:float|None, plan:str|None, scale
 def _inquiries_of(source:str, pipe, runs:int|list, subjects:int|None, threshold:float, threshold_recogniser:Path|None, seed:int): # FaceSet or embeddings
     "The inquiries of a set: every two of them different, and as many as a plan needs."
     import torch
+    from cemiface.generation.diffusion import image_size
     from cemiface.recognition.training import embed
     from cemiface.sets.inquiries import choose_inquiries
     needed = None if isinstance(runs, int) else sum(n for n, _ in runs)
     endless = source.startswith("proc:") and threshold == 1
-    faces = open_inquiries(source, pipe.unet.config.sample_size, subjects or (needed if endless else None), seed)
+    faces = open_inquiries(source, image_size(pipe.unet), subjects or (needed if endless else None), seed)
     pick = lambda rows: faces[rows] if isinstance(faces, torch.Tensor) else faces.subset(rows)
     if threshold < 1:
         network = open_recogniser(threshold_recogniser, str(pipe.device)) if threshold_recogniser else pipe.recogniser
@@ -157,7 +158,7 @@ def generate_command(
     oversample: Annotated[Optional[int], typer.Option(min=0, help="copies of the inquiry image added to its subject; default: 5, of embeddings none")] = None,
     steps: Annotated[int, typer.Option(min=1, help="steps of the sampler")] = 20,
     sampler: Annotated[Literal["DDIM", "DPM-Solver++", "UniPC"], typer.Option(case_sensitive=False, help="how the steps are taken; DDIM is the paper's")] = "DDIM",
-    precision: Annotated[Optional[Literal["no", "bf16"]], typer.Option(help="of the UNet; default: bf16 with CUDA, else no")] = None,
+    precision: Annotated[Literal["auto", "no", "bf16"], typer.Option(help="of the UNet; auto: what this machine is faster in")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the UNet")] = False,
     batch_size: BatchSizeOption = 64,
     form: Annotated[Literal["folder", "records"], typer.Option(help="image files, one folder per subject, or InsightFace record files")] = "folder",
@@ -176,10 +177,11 @@ def generate_command(
 
     Example, your own generator: cemiface generate --inquiry one_shot_faces --generator my_generator --threshold 0.3 --threshold-recogniser adaface_ir101.ckpt
     """
+    from cemiface.generation.diffusion import image_size
     from cemiface.sets.layout import current_share
     from cemiface.sets.synthesis import generate_set
     device, share = pick_device(device), current_share()
-    pipe = open_pipeline(generator, device, sampler, precision and dict(no="float32", bf16="bfloat16")[precision])
+    pipe = open_pipeline(generator, device, sampler, precision)
     wanted = _similarity_of(pipe, m, similarity, plan, scale, per_subject, steps)
     faces = _inquiries_of(inquiry, pipe, wanted["per_subject"], subjects, threshold, threshold_recogniser, seed)
     if oversample is None: oversample = 5 if hasattr(faces, "images") else 0
@@ -189,7 +191,7 @@ def generate_command(
     runs = [(len(faces), per_subject)] if plan is None else wanted["per_subject"]
     at = f"at m = {', '.join(f'{v:.3g}' for v in wanted['m'])}" if wanted["m"] else "by DCFace"
     copies = {0: "no copies of the inquiries", 1: "1 copy of each inquiry"}.get(oversample, f"{oversample} copies of each inquiry")
-    typer.echo(f"{out} holds {' and '.join(f'{n} subjects of {k} images' for n, k in runs)} {at} ({pipe.unet.config.sample_size} px), and {copies}\n"
+    typer.echo(f"{out} holds {' and '.join(f'{n} subjects of {k} images' for n, k in runs)} {at} ({image_size(pipe.unet)} px), and {copies}\n"
                f"Train on it: cemiface train-recogniser --data {out}")
 
 # %% ../../nbs/cli/04_generators.ipynb #2d8a25c8
@@ -209,13 +211,14 @@ def demo_command(
     from cemiface.core.figures import save_figure
     from cemiface.world.faces import world_faces
     from cemiface.recognition.training import embed
+    from cemiface.generation.diffusion import image_size
     from cemiface.generation.shipped import shipped_models
     from cemiface.sets.pictures import plot_m_grid
     from cemiface.sets.synthesis import draw_m_grid
     if out.suffix.lower() != ".png": raise ValueError(f"{out} does not end in .png: name a PNG file")
     quiet_loading()
     pipe = shipped_models()
-    face = world_faces("webface_1shot", 1, 1, pipe.unet.config.sample_size, seed=seed).images
+    face = world_faces("webface_1shot", 1, 1, image_size(pipe.unet), seed=seed).images
     grid = draw_m_grid(pipe, face[0], DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
     cos = embed(pipe.recogniser, grid.flatten(0, 1)).cpu() @ embed(pipe.recogniser, face).cpu()[0]
     save_figure(plot_m_grid(grid, face[0], DEMO_MS), out, dpi=150)

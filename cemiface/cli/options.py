@@ -77,7 +77,7 @@ SubjectsOption = Annotated[Optional[int], typer.Option(min=1, help="use so many 
 
 # %% ../../nbs/cli/01_options.ipynb #d853c980
 ListSettingsOption = Annotated[bool, typer.Option("--list-settings", help="print every setting with its value in this preset, and stop")]
-PrecisionOption = Annotated[Optional[Literal["no", "bf16"]], typer.Option(help="mixed precision; default: bf16 with CUDA, else no")]
+PrecisionOption = Annotated[Literal["auto", "no", "bf16"], typer.Option(help="mixed precision; auto: what this machine is faster in, measured in a second")]
 SettingsOption = Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", help="change a setting that has no option of its own; repeat for several")]
 TrackerOption = Annotated[Optional[str], typer.Option(help="experiment tracker, as accelerate names it: tensorboard, wandb ...")]
 

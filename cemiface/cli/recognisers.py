@@ -49,7 +49,7 @@ def train_recogniser_command(
     epochs: Annotated[Optional[int], typer.Option(min=1, help="passes over the set; default: the preset's (cemiface-cosface: 40)")] = None,
     batch_size: Annotated[Optional[int], typer.Option(min=2, help="images per step, over all processes; default: 512, fewer for a set of less than 10,000 images")] = None,
     lr: Annotated[Optional[float], typer.Option(min=0, help="learning rate; default: 0.1 at 512 images per step, and in proportion")] = None,
-    precision: PrecisionOption = None,
+    precision: PrecisionOption = "auto",
     benchmarks: Annotated[Optional[str], typer.Option(help="verification sets to evaluate on after each epoch, with commas: .bin files, folders with pairs.txt or .csv")] = None,
     skip_damaged: SkipDamagedOption = False,
     log_with: TrackerOption = None,
@@ -75,7 +75,7 @@ def train_recogniser_command(
     from cemiface.core.settings import changed
     from cemiface.recognition.training import last_and_best, plot_history, RECIPES, train_recogniser
     from cemiface.recognition.verification import evaluate
-    asked = dict(size=size, epochs=epochs, batch_size=batch_size, lr=lr, precision=precision or ("bf16" if pick_device(None) == "cuda" else "no"), seed=seed)
+    asked = dict(size=size, epochs=epochs, batch_size=batch_size, lr=lr, precision=precision, seed=seed)
     changes = ["margin_m=none"] * any(s.startswith("margin=") for s in settings or []) + (settings or []) # the preset's margin_m is its own margin's
     config = change_settings(changed(RECIPES[preset], **{k: v for k, v in asked.items() if v is not None}), changes, RECOGNISER_OPTIONS)
     if list_settings: return typer.echo(settings_list(config, RECOGNISER_OPTIONS))
@@ -128,7 +128,7 @@ def verify_command(
     per_subject: PerSubjectOption = None,
     strict: StrictOption = False,
     batch_size: BatchSizeOption = 256,
-    precision: Annotated[Literal["no", "bf16"], typer.Option(help="of the network; bf16 is faster and moves a cosine by some thousandths")] = "no",
+    precision: Annotated[Literal["auto", "no", "bf16"], typer.Option(help="of the network; bf16 is faster and moves a cosine by some thousandths")] = "no",
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ):

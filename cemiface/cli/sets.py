@@ -125,7 +125,7 @@ def regenerate_command(
     from cemiface.sets.stored import open_set, regenerate
     made = open_set(folder).config
     sampler = next((name for name, kind in SAMPLERS.items() if kind.__name__ == made["sampler"]), None)
-    again = regenerate(folder, open_pipeline(generator, pick_device(device), sampler, made.get("precision", "float32")), image)
+    again = regenerate(folder, open_pipeline(generator, pick_device(device), sampler, "bf16" if made.get("precision") == "bfloat16" else "no"), image)
     outcome = ("the same file" if again.same else "other bytes, the same pixels" if again.difference == 0 else
                f"another image: pixels differ by up to {again.difference} of 255. Is it the generator, and the kind of device, that drew the set?")
     typer.echo(f"{image} of {folder}, drawn again: {outcome}")

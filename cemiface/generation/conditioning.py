@@ -43,7 +43,8 @@ class Conditioner(ModelMixin, ConfigMixin):
 class GeneratorConfig(BaseModel, extra="forbid", frozen=True):
     "Size and shape of the generator: the UNet and its conditioner."
     size:int = Field(description="pixels a side")
-    block_out_channels:tuple[int, ...] = Field(description="width of each level, from full size down")
+    patches:int = Field(1, ge=1, description="pixels a side of a patch that becomes one place with all its numbers as channels; 1: the paper's")
+    block_out_channels:tuple[int, ...] = Field(description="width of each level, from the largest map down")
     layers_per_block:tuple[int, ...] = Field(description="residual blocks of each level")
     attention:tuple[bool, ...] = Field(description="levels with attention; the middle block always has it")
     head_dim:int = Field(64, description="channels of an attention head")
@@ -55,21 +56,23 @@ class GeneratorConfig(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _fits(self):
-        n, shrink = len(self.block_out_channels), 2**(len(self.block_out_channels)-1)
+        n = len(self.block_out_channels)
+        shrink = self.patches*2**(n-1)
         if not n == len(self.layers_per_block) == len(self.attention):
             raise ValueError("block_out_channels, layers_per_block and attention need one entry a level each")
         if self.size % shrink:
-            raise ValueError(f"size {self.size} cannot be halved {n-1} times: use a multiple of {shrink}")
+            raise ValueError(f"size {self.size} in patches of {self.patches} cannot be halved {n-1} times: use a multiple of {shrink}")
         return self
 
 # %% ../../nbs/generation/02_conditioning.ipynb #e0fbacee
 def face_unet(
     config:GeneratorConfig, # its size and shape
-)->UNet2DConditionModel: # eps' of [B,3,size,size], t [B] and encoder_hidden_states [B,tokens,cond_dim]
+)->UNet2DConditionModel: # eps' of x_t in patches [B,3*p*p,size/p,size/p], t [B] and encoder_hidden_states [B,tokens,cond_dim]; see `predict`
     "The paper's UNet, Section 3.2: residual resampling, AdaGN time steps, condition through added keys and values (Eq. 8)."
     kind = {True: "SimpleCrossAttn{}Block2D", False: "Resnet{}sampleBlock2D"}
+    channels = 3*config.patches**2
     return UNet2DConditionModel(
-        sample_size=config.size, in_channels=3, out_channels=3,
+        sample_size=config.size//config.patches, in_channels=channels, out_channels=channels,
         down_block_types=[kind[a].format("Down") for a in config.attention],
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=[kind[a].format("Up") for a in config.attention[::-1]],
@@ -88,9 +91,9 @@ def face_conditioner(
 GENERATORS = dict(
     smoke=GeneratorConfig(size=16, block_out_channels=(16, 32), layers_per_block=(1, 1), attention=(False, True),
         head_dim=16, norm_groups=8, sim_dim=64, cond_dim=32, tokens=4),
-    laptop=GeneratorConfig(size=32, block_out_channels=(16, 32, 64, 128), layers_per_block=(1, 1, 1, 1),
-        attention=(False, False, True, True), head_dim=32, norm_groups=8, sim_dim=512, cond_dim=128, tokens=4),
-    gpu=GeneratorConfig(size=64, block_out_channels=(64, 96, 128, 256), layers_per_block=(1, 1, 1, 1),
+    laptop=GeneratorConfig(size=64, patches=4, block_out_channels=(64, 128, 160), layers_per_block=(1, 1, 1),
+        attention=(False, True, True), head_dim=32, norm_groups=16, sim_dim=512, cond_dim=256, tokens=4),
+    gpu=GeneratorConfig(size=112, patches=2, block_out_channels=(64, 128, 192, 256), layers_per_block=(1, 1, 1, 1),
         attention=(False, False, True, True), head_dim=64, sim_dim=512, cond_dim=512, tokens=4),
     paper=GeneratorConfig(size=112, block_out_channels=(128, 128, 256, 256, 512), layers_per_block=(1, 1, 1, 1, 3),
         attention=(False, False, False, False, True)))

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ..data.faceset import FaceSet, to_float, to_uint8
 from ..recognition.backbones import IResNet, stage_strides
 from ..recognition.groups import class_centres, cos_to_centre
-from .diffusion import denoise, image_noise, starting_noise
+from .diffusion import denoise, image_noise, image_size, starting_noise
 from .conditioning import GeneratorConfig, identity_embedding
 from .simmat import similarity, TrainingConfig
 from .training import embed_both, train_generator
@@ -129,7 +129,8 @@ def grid_of(
 )->int: # a side of the grid
     "The style grid for this recogniser. ValueError if its style map is smaller."
     size, channels = recogniser.config.size, recogniser.config.width
-    cells, side = cells or style_cells(size, channels), size//stage_strides(size)[0]
+    first = size//recogniser.config.stem # side of the first map
+    cells, side = cells or style_cells(size, channels), first//stage_strides(first)[0]
     if cells > side:
         raise ValueError(f"{cells}x{cells} cells on a style map of {side}x{side}: choose at most {side} cells")
     return cells
@@ -281,7 +282,7 @@ class DCFacePipeline(OwnModels, DiffusionPipeline):
         "One image for each inquiry. ValueError for inputs that do not fit together, and for an m."
         if m is not None: raise ValueError("DCFace has no similarity factor: leave m out")
         emb = identity_embedding(self.recogniser, inquiries, embeddings, self._execution_device)
-        shape = (len(emb), self.unet.config.in_channels, *[self.unet.config.sample_size]*2)
+        shape = (len(emb), 3, *[image_size(self.unet)]*2)
         for name, values in (("generators", generator if isinstance(generator, list) else None), ("styles", styles)):
             if values is not None and len(values)!=len(emb):
                 raise ValueError(f"{len(values)} {name} for {len(emb)} images")
@@ -307,6 +308,6 @@ def style_grid(
     if len(seeds)!=len(inquiries):
         raise ValueError(f"{len(inquiries)} inquiries for {len(seeds)} seeds: give one per seed")
     emb, n = identity_embedding(pipe.recogniser, to_float(inquiries), None), len(styles)
-    noise = image_noise(seeds, pipe.unet.config.sample_size)
+    noise = image_noise(seeds, image_size(pipe.unet))
     rows = [pipe(embeddings=e.expand(n, -1), styles=to_float(styles), noise=z.expand(n, -1, -1, -1), num_inference_steps=steps, output_type="pt").images for e, z in zip(emb, noise)]
     return to_uint8(torch.stack(rows).flatten(0, 1)).cpu().unflatten(0, (len(inquiries), n))

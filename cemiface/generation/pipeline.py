@@ -19,9 +19,10 @@ from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from ..core.files import write_whole
+from ..core.machine import chosen_precision
 from ..data.faceset import to_uint8
 from ..recognition.backbones import backbone, IResNet
-from .diffusion import ddim_scheduler, denoise, starting_noise
+from .diffusion import ddim_scheduler, denoise, image_size, starting_noise
 from .conditioning import (Conditioner, face_conditioner, face_unet, GeneratorConfig,
                                               identity_embedding, similarity_factors)
 from .standalone import standalone
@@ -105,7 +106,7 @@ def model_card(pipe:DiffusionPipeline, # a CemiFacePipeline
     rows = [f"| {judge} | {c['sampler']} | {c['steps']} | {c['inquiries']} | {c['achieved'][0]:.2f} to {c['achieved'][-1]:.2f} | {max(c['std']):.2f} |" for judge, curves in (pipe.config.calibration or {}).items() for c in curves]
     table = ["| under | sampler | steps | inquiries | mean cosine, lowest to highest m | largest std of an image |", "|---|---|---|---|---|---|", *rows] if rows else ["Not calibrated: `similarity=` needs `calibrate(pipe, inquiries)` first."]
     noise = pipe.scheduler.config
-    return MODEL_CARD.format(head=head, mark=MARK, size=pipe.unet.config.sample_size, parameters=", ".join(counts),
+    return MODEL_CARD.format(head=head, mark=MARK, size=image_size(pipe.unet), parameters=", ".join(counts),
                              sampler=type(pipe.scheduler).__name__,
                              steps=noise.num_train_timesteps, predicts=noise.prediction_type,
                              calibration="\n".join(table))
@@ -203,7 +204,7 @@ class CemiFacePipeline(OwnModels, DiffusionPipeline):
         on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         emb = identity_embedding(self.recogniser, inquiries, embeddings, self._execution_device)
         tokens = self.conditioner(emb, similarity_factors(0. if m is None else m, len(emb)).to(emb))
-        shape = (len(emb), self.unet.config.in_channels, *[self.unet.config.sample_size]*2)
+        shape = (len(emb), 3, *[image_size(self.unet)]*2)
         noise = starting_noise(shape, noise, generator, self._execution_device,
                                torch.promote_types(self.unet.dtype, torch.float32))
         x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, num_inference_steps, generator,
@@ -226,11 +227,12 @@ def untrained_pipeline(config:GeneratorConfig, # sizes of the generator
 # %% ../../nbs/generation/06_pipeline.ipynb #c6f25c9e
 def place(pipe:DiffusionPipeline,
           device:str|torch.device,
-          precision:str|None=None, # of the UNet: float32, bfloat16; None: bfloat16 on a GPU, else float32
+          precision:str|None=None, # of the UNet: no, bf16, or auto for what this machine is faster in; None: bf16 on a GPU, else no
          )->DiffusionPipeline: # the same one
     "Move a pipeline to where it works."
     gpu = torch.device(device).type == "cuda"
-    dtype = getattr(torch, precision or ("bfloat16" if gpu else "float32"))
+    precision = chosen_precision(precision or ("bf16" if gpu else "no"))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layout = torch.channels_last if gpu else torch.preserve_format
     torch.nn.Module.to(pipe.to(device).unet, dtype, memory_format=layout) # diffusers' own `to` warns of nothing
     return pipe

@@ -72,7 +72,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     ema_power:float = Field(.75, gt=0, description="decay at step n is 1-(1+n)^-power")
     ema_max:float = Field(.9999, ge=0, le=1, description="largest decay")
     flip:bool = Field(True, description="mirror every other image")
-    precision:Literal["no","bf16"] = Field("no", description="mixed precision of the networks' forward passes; weights, losses and x0_hat stay in float32")
+    precision:Literal["auto","no","bf16"] = Field("no", description="mixed precision of the networks' forward passes, auto: what this machine is faster in; weights, losses and x0_hat stay in float32")
     accumulate:int = Field(1, ge=1, description="pieces that a process computes its part of a step in, one after another: less memory")
     checkpointing:bool = Field(False, description="compute the UNet's activations again on the way back: less memory, more time")
     channels_last:bool = Field(False, description="memory layout of UNet and images; faster on a GPU with bf16")

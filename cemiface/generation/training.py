@@ -34,7 +34,7 @@ from ..data.images import encode_image
 from ..data.faceset import batches, FaceSet, lookups, to_float, to_uint8
 from ..recognition.training import check_same_start, fresh_accelerator, to_device
 from ..recognition.groups import class_centres
-from .diffusion import ddim_scheduler, denoise, eps_from_v, noise_scheduler, x0_from_eps
+from .diffusion import ddim_scheduler, denoise, eps_from_v, noise_scheduler, predict, x0_from_eps
 from .conditioning import Conditioner, face_conditioner, face_unet, GeneratorConfig
 from .simmat import PACE, sample_m, similarity, simmat_loss, SimMatConfig, TrainingConfig
 
@@ -47,7 +47,7 @@ class Denoiser(nn.Module):
 
     def forward(self, xt:Tensor, t:Tensor, *cond:Tensor)->Tensor:
         "Predicted noise [B,3,H,W] of `xt` at `t` [B]; `given` goes to the conditioner: `emb` [B,D] and `m` [B]."
-        return self.unet(xt, t, encoder_hidden_states=self.conditioner(*cond)).sample
+        return predict(self.unet, xt, t, self.conditioner(*cond))
 
 # %% ../../nbs/generation/04_training.ipynb #327190f0
 def layout(
@@ -383,7 +383,7 @@ def train_generator(
         means = (sums*config.batch_size/n).tolist()
         name = f"loss_{method.name}"
         log.append({"step": step+1, "loss_mse": means[0], name: means[1], "grad_norm": means[2],
-                    **band_row(bands, "mse", name), "images_per_s": n/(now-logged_at)})
+                    **band_row(bands, "mse", name), "images_per_s": n/(now-logged_at), "bf16": float(acc.mixed_precision=="bf16")})
         acc.log(log[-1], step=step+1)
         bar.set_postfix(mse=f"{means[0]:.4f}", **{method.name: f"{means[1]:.3f}"}, slope=f"{log[-1]['slope_3']:.2f}")
         if main and (now-saved_at>=config.save_every or step+1==config.steps):

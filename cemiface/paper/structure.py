@@ -22,7 +22,7 @@ from ..core.figures import figure_style
 from ..core.report import Finding
 from ..world.faces import world_faces
 from ..data.faceset import to_float
-from ..recognition.backbones import backbone
+from ..recognition.training import fresh_backbone
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS
 from ..generation.diffusion import ddim_scheduler, noise_scheduler
 from ..generation.simmat import m_grid
@@ -36,7 +36,7 @@ def networks(profile:Profile)->tuple[nn.Module, Denoiser]: # E_id; UNet and cond
     "The networks that a profile trains with, without memory for their weights."
     config, t = GENERATORS[profile.generator], profile.teacher
     with torch.device("meta"):
-        recogniser = backbone(t.backbone, t.size, t.width, t.emb_dim, t.dropout).eval()
+        recogniser = fresh_backbone(t).eval()
         return recogniser, Denoiser(face_unet(config), face_conditioner(config))
 
 def unet_parts(unet:nn.Module)->dict[str, nn.Module]: # name -> module, as data passes

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..core.figures import figure_style, m_colours
 from ..core.report import Finding
-from ..recognition.backbones import backbone
+from ..recognition.training import fresh_backbone
 from ..study.results import result
 from ..study.study import Study
 from .published import beside, published
@@ -32,7 +32,7 @@ def _students(study:Study)->dict: # the paper's name -> task of each seed
 def weights_of(study:Study, name:str)->int: # parameters of the network that a student trains
     "How large a network of Table 10 is at this profile."
     s = study.profile.student
-    with torch.device("meta"): network = backbone(NETWORKS[name], s.size, s.width, s.emb_dim)
+    with torch.device("meta"): network = fresh_backbone(s.model_copy(update=dict(backbone=NETWORKS[name])))
     return sum(p.numel() for p in network.parameters())
 
 # %% ../../nbs/paper/08_training.ipynb #03ff8d8a

@@ -58,7 +58,7 @@ class ImprovedUnit(nn.Module):
 
 # %% ../../nbs/recognition/01_backbones.ipynb #4402a451
 def stage_strides(
-    size:int, # side of the input in pixels
+    size:int, # side of the first map in pixels
 )->tuple[int, ...]: # stride of each of the four stages, 1 or 2
     "Four halvings where the last map keeps at least 2x2 pixels (17 px and more); smaller inputs leave out the first ones."
     halvings = min(4, (size - 1).bit_length() - 1)
@@ -92,11 +92,13 @@ class IResNet(ModelMixin, ConfigMixin):
         emb_dim:int=512, # length of the embedding
         dropout:float=0., # before the last linear map
         shortcut:Literal["conv", "pool"]="conv", # in the first unit: as InsightFace or as AdaFace builds it
+        stem:int=1, # stride of the first convolution: 2 leaves every later map half as large
     ):
         super().__init__()
-        c, strides, units = (width, 2 * width, 4 * width, 8 * width), stage_strides(size), UNITS[depth]
-        side = -(-size // 2**strides.count(2))
-        self.conv1, self.bn1, self.prelu = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width)
+        first = -(-size // stem) # side of the first map
+        c, strides, units = (width, 2 * width, 4 * width, 8 * width), stage_strides(first), UNITS[depth]
+        side = -(-first // 2**strides.count(2))
+        self.conv1, self.bn1, self.prelu = nn.Conv2d(3, width, 3, stem, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width)
         self.layer1 = stage(width, c[0], units[0], strides[0], se, shortcut)
         self.layer2 = stage(c[0], c[1], units[1], strides[1], se, shortcut)
         self.layer3 = stage(c[1], c[2], units[2], strides[2], se, shortcut)
@@ -129,11 +131,12 @@ def backbone(
     width:int=64, # channels of the first stage
     emb_dim:int=512, # length of the embedding
     dropout:float=0., # before the last linear map
+    stem:int=1, # stride of the first convolution
 )->IResNet:
     "A backbone by name, with fresh weights. ValueError for an unknown name."
     if name not in BACKBONES: raise ValueError(f"no backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     depth, se = BACKBONES[name]
-    return IResNet(depth=depth, se=se, size=size, width=width, emb_dim=emb_dim, dropout=dropout) # by name: `from_config` takes what comes by position for defaults
+    return IResNet(depth=depth, se=se, size=size, width=width, emb_dim=emb_dim, dropout=dropout, stem=stem) # by name: `from_config` takes what comes by position for defaults
 
 # %% ../../nbs/recognition/01_backbones.ipynb #faa0f828
 def folded(

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'AUGMENTATIONS', 'EVERY_RUN', 'RecogniserConfig', 'learning_rate', 'weight_groups', 'mirror', 'step_seed',
            'describe', 'check_same', 'save_recogniser_state', 'load_recogniser_state', 'Trained', 'save_recogniser',
-           'load_recogniser', 'fresh_accelerator', 'check_training', 'memory_format', 'check_same_start', 'JointSum',
-           'JointBatchNorm', 'join_norms', 'last_good', 'check_step', 'check_weights', 'to_device', 'unwrapped',
-           'train_recogniser', 'embed', 'judging_column', 'last_and_best', 'plot_history', 'plot_evaluation']
+           'load_recogniser', 'fresh_accelerator', 'fresh_backbone', 'check_training', 'memory_format',
+           'check_same_start', 'JointSum', 'JointBatchNorm', 'join_norms', 'last_good', 'check_step', 'check_weights',
+           'to_device', 'unwrapped', 'train_recogniser', 'embed', 'judging_column', 'last_and_best', 'plot_history',
+           'plot_evaluation']
 
 # %% ../../nbs/recognition/03_training.ipynb #cc07da69
 import gc
@@ -36,7 +37,7 @@ from tqdm.auto import tqdm
 
 from ..core.files import write_whole
 from ..core.figures import figure_style
-from ..core.machine import default_device
+from ..core.machine import chosen_precision, default_device
 from ..data.faceset import AUGMENT_DRAWS, FaceSet, augment, batches, lookups, to_float
 from .backbones import BACKBONES, IResNet, backbone, folded
 from .margins import MARGINS, correct, margin_head
@@ -47,6 +48,7 @@ class RecogniserConfig(BaseModel, extra="forbid", frozen=True):
     backbone: Literal[tuple(BACKBONES)] = Field("irse50", description="network")
     size: int = Field(112, ge=8, description="side of the images in pixels")
     width: int = Field(64, ge=1, description="channels of the backbone's first stage")
+    stem: Literal[1, 2] = Field(1, description="stride of the backbone's first convolution; 2: a quarter of the work, for images that a small network need not see whole")
     emb_dim: int = Field(512, ge=2, description="length of the embedding")
     dropout: float = Field(0., ge=0, lt=1, description="before the backbone's last linear map")
     margin: Literal[tuple(MARGINS)] = Field("cosface", description="classification head")
@@ -63,7 +65,7 @@ class RecogniserConfig(BaseModel, extra="forbid", frozen=True):
     momentum: float = Field(.9, ge=0, lt=1, description="of SGD")
     clip: float | None = Field(5., gt=0, description="largest norm of the gradient; None: no limit")
     augment: Literal["cemiface", "flip", "none"] = Field("cemiface", description="the paper's augmentation, its mirroring alone, or nothing")
-    precision: Literal["no", "bf16"] = Field("no", description="mixed precision, as accelerate names it")
+    precision: Literal["auto", "no", "bf16"] = Field("no", description="mixed precision, as accelerate names it; auto: what this machine is faster in")
     joint_norms: bool = Field(True, description="batch norms over the batch of all processes; False: each process its own part, as most public code does")
     compile: bool = Field(False, description="compile the backbone; needs a C++ compiler or CUDA's")
     seed: int = Field(0, ge=0, description="of the weights, the order and the augmentation")
@@ -140,7 +142,8 @@ def check_same(
     "ValueError that names the first difference, if there is one."
     for part in ours:
         for key, value in ours[part].items():
-            if (old := (theirs.get(part) or {}).get(key)) != value:
+            known = (RecogniserConfig().model_dump(mode="json") if part == "config" else {}) | (theirs.get(part) or {})
+            if (old := known.get(key)) != value:
                 raise ValueError(f"{where} holds a training with {part} {key}={old!r}, not {value!r}: choose another folder or delete this one")
 
 # %% ../../nbs/recognition/03_training.ipynb #5396e02c
@@ -180,13 +183,14 @@ def save_recogniser(
     folder:str|Path, # made if it does not exist
     trained:Trained,
     faces:dict|None=None, # what it was trained on, kept for the record
+    precision:str|None=None, # that it was trained in, kept for the record
 )->Path: # the folder
     "Write model/, centres.safetensors, history.csv and, last, recogniser.json; what is not known is left out."
     folder = Path(folder)
     trained.model.save_pretrained(folder / "model")
     if trained.centres is not None: write_whole(folder / "centres.safetensors", save({"centres": trained.centres.cpu().contiguous()}))
     if len(trained.history): write_whole(folder / "history.csv", trained.history.to_csv(index=False).encode())
-    record = {"config": trained.config and trained.config.model_dump(mode="json"), "faces": faces or {}, "source": trained.source}
+    record = {"config": trained.config and trained.config.model_dump(mode="json"), "faces": faces or {}, "source": trained.source} | ({"precision": precision} if precision else {})
     write_whole(folder / "recogniser.json", json.dumps(record, indent=1).encode())
     return folder
 
@@ -209,12 +213,19 @@ def load_recogniser(
 
 # %% ../../nbs/recognition/03_training.ipynb #b41fba8f
 def fresh_accelerator(
-    precision:str, # as accelerate names it
+    precision:str, # as accelerate names it, or auto
     **options, # of `Accelerator`: log_with, project_dir, ...
 )->Accelerator: # for this process
     "An `Accelerator` whose precision does not depend on what ran in this process before."
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, **options)
+    return Accelerator(mixed_precision=chosen_precision(precision), **options)
+
+# %% ../../nbs/recognition/03_training.ipynb #f1e5hback
+def fresh_backbone(
+    config:RecogniserConfig, # its shape
+)->IResNet:
+    "The network of a configuration, with fresh weights."
+    return backbone(config.backbone, config.size, config.width, config.emb_dim, config.dropout, config.stem)
 
 # %% ../../nbs/recognition/03_training.ipynb #c39f9e04
 def check_training(
@@ -229,11 +240,11 @@ def check_training(
     if config.batch_size % processes: raise ValueError(f"batch_size {config.batch_size} does not split over {processes} processes: choose a multiple")
 
 def memory_format(
-    config:RecogniserConfig, # width, size
+    config:RecogniserConfig, # width, size, stem
     device:torch.device, # where it will be trained
 )->torch.memory_format:
     "Channels last, which is faster, but for narrow networks of large images on a CPU: there torch's 1x1 convolutions crash on the way back."
-    return torch.contiguous_format if device.type == "cpu" and config.width < 16 and config.size > 40 else torch.channels_last
+    return torch.contiguous_format if device.type == "cpu" and config.width < 16 and config.size > 40 * config.stem else torch.channels_last
 
 def check_same_start(
     accelerator:Accelerator, # of this process
@@ -333,10 +344,10 @@ def to_device(
 # %% ../../nbs/recognition/03_training.ipynb #07bb164d
 def unwrapped(
     net:nn.Module, # in training: compiled, with joint batch norms, in mixed precision
-    shape:tuple, # arguments of `backbone`
+    config:RecogniserConfig, # its shape
 )->IResNet: # in evaluation mode, on the same device
     "The very same weights as a plain backbone: what is evaluated, saved and given back."
-    with torch.device("meta"): plain = backbone(*shape)
+    with torch.device("meta"): plain = fresh_backbone(config)
     plain.load_state_dict(net.state_dict(), assign=True)
     return plain.eval()
 
@@ -366,9 +377,8 @@ def train_recogniser(
     check_training(faces, config, world)
 
     torch.manual_seed(config.seed)
-    shape = config.backbone, config.size, config.width, config.emb_dim, config.dropout
     layout = memory_format(config, device)
-    net = backbone(*shape).to(memory_format=layout)
+    net = fresh_backbone(config).to(memory_format=layout)
     options = {} if config.margin_gradient else {"margin_gradient": False}
     head = margin_head(config.margin, faces.n_subjects, config.emb_dim, config.margin_m, config.margin_s, **options)
     optimizer = torch.optim.SGD(weight_groups(net, head, config), config.lr, config.momentum)
@@ -427,16 +437,16 @@ def train_recogniser(
         finish_step(*last)
         seconds = time.monotonic() - start
         loss, accuracy = (sums / steps).tolist()
-        results = {name: float(value) for name, value in evaluate(unwrapped(net, shape)).items()} if evaluate else {}
+        results = {name: float(value) for name, value in evaluate(unwrapped(net, config)).items()} if evaluate else {}
         accelerator.log({"epoch": epoch + 1, **results}, step=step)
         history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "lr": rate, "seconds": seconds, **results})
         first_batch, sums, seconds = 0, torch.zeros(2), 0.
         save_now(epoch + 1, 0)
     bar.close()
 
-    trained = Trained(unwrapped(net, shape), F.normalize(head.weight.detach()).cpu(), pd.DataFrame(history), config)
+    trained = Trained(unwrapped(net, config), F.normalize(head.weight.detach()).cpu(), pd.DataFrame(history), config)
     if out and main:
-        save_recogniser(out, trained, run["faces"])
+        save_recogniser(out, trained, run["faces"], accelerator.mixed_precision)
         for left in (out / "state.pt", *out.glob(".state.pt*.part")): left.unlink() # a killed process leaves a .part
     for tracker in accelerator.trackers: tracker.finish()
     accelerator.wait_for_everyone()
@@ -451,7 +461,7 @@ def embed(
     flip:bool=False, # add the raw embedding of the mirror image, as verification does
     device:str|torch.device|None=None, # move the model there; None: where it is
     progress:bool=False, # show a bar
-    precision:Literal["no", "bf16"]="no", # of the network; the sum and the length are in float32 either way
+    precision:Literal["auto", "no", "bf16"]="no", # of the network; the sum and the length are in float32 either way
 )->Tensor: # [N,D] of length 1, float32, on the CPU
     "Normalised embeddings. The model runs in evaluation mode and is left in its own."
     images, training = getattr(images, "images", images), model.training
@@ -460,7 +470,7 @@ def embed(
     net = folded(model) if device.type == "cuda" and isinstance(model, IResNet) else model
     for batch in tqdm(lookups(images, chosen), total=len(chosen), desc="embedding", disable=not progress):
         x = to_float(to_device(batch, device)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=chosen_precision(precision) == "bf16"):
             emb = net(x).float() + net(x.flip(3)).float() if flip else net(x).float()
         parts.append(F.normalize(emb).to("cpu", non_blocking=device.type == "cuda")) # the next images are looked up meanwhile
     if device.type == "cuda": torch.cuda.synchronize(device)

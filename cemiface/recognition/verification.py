@@ -250,7 +250,7 @@ def verify_sets(model:torch.nn.Module, # recogniser: [B,3,S,S] in [-1,1] -> [B,D
     batch_size:int=256, # images a forward pass
     device=None, # where to embed; None: where the model is
     progress:bool=False, # show a bar
-    precision:Literal["no", "bf16"]="no", # of the network, as in `embed`
+    precision:Literal["auto", "no", "bf16"]="no", # of the network, as in `embed`
 )->dict[str, Verification]: # by name
     "Verification of a model on every benchmark. ValueError as `check_sets`, or if embeddings are not finite, names the set."
     results, how = {}, dict(batch_size=batch_size, device=device, progress=progress, precision=precision)

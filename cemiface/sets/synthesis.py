@@ -20,7 +20,7 @@ import torch
 import cemiface
 from ..data.faceset import FaceSet, to_float, to_uint8
 from ..generation.conditioning import identity_embedding, similarity_factors
-from ..generation.diffusion import image_noise
+from ..generation.diffusion import image_noise, image_size
 from ..generation.pipeline import CemiFacePipeline
 from .layout import finished, image_seed, merge_set, start_share, set_batches, write_share
 
@@ -86,7 +86,7 @@ def draw(pipe:CemiFacePipeline,
     "One image for each embedding, similarity factor and seed."
     own = [torch.Generator().manual_seed(s) for s in seeds]
     with quiet(pipe):
-        x0 = pipe(embeddings=emb, m=m, noise=image_noise(seeds, pipe.unet.config.sample_size),
+        x0 = pipe(embeddings=emb, m=m, noise=image_noise(seeds, image_size(pipe.unet)),
                   num_inference_steps=steps, generator=own, output_type="pt").images
     return to_uint8(x0).cpu()
 
@@ -123,7 +123,7 @@ def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list|Non
         raise ValueError("embeddings have no image to oversample: pass oversample=0")
     config = dict(subjects=len(inquiries), per_subject=per_subject if isinstance(per_subject, int) else runs, m=m,
                   seed=seed, steps=steps, sampler=type(pipe.scheduler).__name__, oversample=oversample,
-                  size=pipe.unet.config.sample_size, batch_size=max(1, min(batch_size, sum(n*k for n, k in runs))))
+                  size=image_size(pipe.unet), batch_size=max(1, min(batch_size, sum(n*k for n, k in runs))))
     return config | {k: v
                      for k, v in dict(form=form, ext=ext, precision=str(pipe.unet.dtype)[6:]).items()
                      if v not in ("folder", "png", "float32")}

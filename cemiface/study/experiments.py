@@ -21,9 +21,9 @@ from ..core.files import write_whole
 from ..core.machine import default_device
 from ..world.faces import world_faces
 from ..data.faceset import FaceSet, open_faces, Picked
-from ..recognition.backbones import backbone, forward_flops
+from ..recognition.backbones import forward_flops
 from ..recognition.groups import cos_to_centre, similarity_groups
-from ..recognition.training import embed, load_recogniser, RecogniserConfig, train_recogniser
+from ..recognition.training import embed, fresh_backbone, load_recogniser, RecogniserConfig, train_recogniser
 from ..recognition.verification import evaluate
 from ..generation.pipeline import place
 from ..sets.inquiries import select_inquiries
@@ -157,7 +157,7 @@ class GeneratedSet(Task):
     def set_folder(self)->Path: return self.folder/"set"
 
     def share(self, shard:tuple=(0, 1)):
-        pipe, m, runs = place((self.baseline or self.generator).load(), default_device()), self.m, self.per_subject
+        pipe, m, runs = place((self.baseline or self.generator).load(), default_device(), "auto"), self.m, self.per_subject
         generate_set(pipe, (self.centres or self.inquiries).faces(self.subjects), list(m) if isinstance(m, tuple) else m,
                      runs if isinstance(runs, int) else list(runs), self.set_folder,
                      seed=self.seed, steps=self.steps, oversample=self.oversample, progress=shows_bars(), shard=shard)
@@ -193,7 +193,7 @@ def train_and_evaluate(
 @lru_cache
 def relative_cost(config:RecogniserConfig, usual:str)->float: # 1: as much
     "Operations of a recogniser's forward pass, as a multiple of those with another backbone."
-    with torch.device("meta"): nets = [backbone(name, config.size, config.width, config.emb_dim) for name in (config.backbone, usual)]
+    with torch.device("meta"): nets = [fresh_backbone(config.model_copy(update=dict(backbone=name))) for name in (config.backbone, usual)]
     return forward_flops(nets[0], config.size) / forward_flops(nets[1], config.size)
 
 # %% ../../nbs/study/05_experiments.ipynb #ddde0713
@@ -286,7 +286,7 @@ class Samples(Task):
         return dict(inquiry=inquiries["images"][:self.count], inquiry_emb=inquiries["emb"][:self.count])
 
     def make(self):
-        pipe, inquiry = place((self.baseline or self.generator).load(), default_device()), self.inquiry()
+        pipe, inquiry = place((self.baseline or self.generator).load(), default_device(), "auto"), self.inquiry()
         wanted = inquiry["inquiry_emb"].repeat_interleave(self.per_inquiry, 0)
         seeds, images = [image_seed(0, i, k) for i in range(self.count) for k in range(self.per_inquiry)], []
         for j, m in enumerate(self.ms):

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from ..core.files import write_whole
-from ..core.machine import default_device
+from ..core.machine import chosen_precision, default_device
 from ..core.report import duration
 from ..world.faces import world_faces
-from ..recognition.backbones import backbone, forward_flops
+from ..recognition.backbones import forward_flops
+from ..recognition.training import fresh_backbone
 from ..generation.conditioning import GENERATORS
 from ..generation.pipeline import untrained_pipeline
 from ..sets.synthesis import draw
@@ -50,9 +51,10 @@ def note_rate(study, machine:str, kind:str, rate:float):
 # %% ../../nbs/study/09_plan.ipynb #65e135b5
 def _seconds(call, units:int, precision:str="no")->float:
     "Seconds per unit of the second of two calls."
+    in_bf16 = chosen_precision(precision) == "bf16"
     for _ in range(2):
         start = time.perf_counter()
-        with torch.no_grad(), torch.autocast(default_device(), torch.bfloat16, enabled=precision == "bf16"): call()
+        with torch.no_grad(), torch.autocast(default_device(), torch.bfloat16, enabled=in_bf16): call()
         if torch.cuda.is_available(): torch.cuda.synchronize()
     return (time.perf_counter() - start) / units
 
@@ -66,7 +68,7 @@ def measured_rates(profile:Profile, threads:int)->dict[str, float]:
     n = 64 if device == "cuda" else 16 if profile.size < 64 else 2
     torch.set_num_threads(threads)
     images = torch.zeros(n, 3, profile.size, profile.size, device=device)
-    net = lambda c: backbone(c.backbone, profile.size, c.width).to(device).eval()
+    net = lambda c: fresh_backbone(c).to(device).eval()
     teacher, student = net(profile.teacher), net(profile.student)
     pipe = untrained_pipeline(GENERATORS[profile.generator]).to(device)
     embedding, learning = (_seconds(lambda: f(images), n, c.precision) for f, c in ((teacher, profile.teacher), (student, profile.student)))
@@ -94,7 +96,7 @@ def bench_rates(profile:Profile, files)->dict[str, float]:
     best = lambda part, key, **of: max((key(r) for p, r in rows if p == part and all(r.get(k) == v for k, v in of.items())), default=0)
     rates["denoise"] = best("sampling", lambda r: r["images_per_s"] * r["steps"], configuration=profile.generator)
     rates["simmat"] = best("training", lambda r: r["images_per_s"], configuration=profile.generator)
-    flops = lambda c: forward_flops(backbone(c.backbone, profile.size, c.width), profile.size) / 1e9
+    flops = lambda c: forward_flops(fresh_backbone(c), profile.size) / 1e9
     for kind, part, config, passes in (("embed", "embedding", profile.teacher, 1), ("teach", "training", profile.teacher, 3), ("train", "training", profile.student, 3)):
         rates[kind] = best(part, lambda r: r["images_per_s"] * r["gflop_per_image"], size=profile.size) / (passes * flops(config))
     return {kind: 1 / rate for kind, rate in rates.items() if rate}
