@@ -41,7 +41,7 @@ def piecewise(
 
 # %% ../../nbs/world/04_hair.ipynb #fab8129f
 HAIR_COLUMNS, HAIR_ROWS = 96, 22  # azimuths, and points along a strand
-HAIRLINE = torch.tensor([[0, 1.00], [.45, .99], [.75, .98], [.90, 1.04], [1.0, 1.17], [1.1, 1.36], [1.2, 1.56],
+HAIRLINE = torch.tensor([[0, 1.03], [.45, 1.03], [.75, 1.04], [.90, 1.10], [1.0, 1.21], [1.1, 1.36], [1.2, 1.56],
     [1.3, 1.73], [1.4, 1.80], [1.5, 1.68], [1.62, 1.54], [1.80, 1.74], [2.2, 2.10], [3.15, 2.16]])
 
 def families(
@@ -90,9 +90,9 @@ def heights(
     "Height at the crown and at the sides by family, decimetres."
     v, l = person.hair_volume, person.hair_length
     crown = (.05*f.receding + .018*f.buzz + (.10 + .03*v)*f.short + (.15 + .04*v)*f.side + (.24 + .07*v + .1*l)*f.curly
-        + (.13 + .03*v)*f.bob + (.12 + .03*v)*f.long + (.045 + .01*v)*f.tied)
+        + (.13 + .03*v)*f.bob + (.12 + .03*v)*f.long + (.075 + .02*v)*f.tied)
     sides = (.045*f.receding + .014*f.buzz + (.045 + .01*v)*f.short + (.07 + .02*v)*f.side + (.20 + .07*v + .1*l)*f.curly
-        + (.20 + .04*v)*f.bob + (.19 + .04*v)*f.long + .035*f.tied)
+        + (.20 + .04*v)*f.bob + (.19 + .04*v)*f.long + .055*f.tied)
     return crown[:, None], sides[:, None]
 
 def relief(

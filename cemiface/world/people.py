@@ -95,13 +95,17 @@ def _shape_specs()->dict: # factor -> spec
     return {f: About(*x) for f, x in LOCAL.items()} | sides | {f"asym_{k}": N(.18, .45) for k in _LOPSIDED}
 
 # %% ../../nbs/world/02_people.ipynb #1f8c7a3e
+_COMMON = dict(eye_size="large eyes", eye_slant="outer corners up", eye_fold="heavy lids", nose_breadth="a broad nose", nose_length="a long nose", nose_bridge="a high bridge",
+    lip_fullness="full lips", mouth_breadth="a broad mouth", face_length="a long face", jaw_breadth="a broad jaw")
 _person = dict(
-    african=(Gamma(.4), "share of origin; the three sum to 1"), asian=(Gamma(.4), "the same"), caucasian=(Gamma(.5), "the same"),
-    male=(Mixture(.5, Between(.06, .12, 0, 1), Between(.94, .12, 0, 1)), "0 a woman, 1 a man"),
+    african=(Gamma(.3), "share of origin; the three sum to 1"), asian=(Gamma(.3), "the same"), caucasian=(Gamma(.4), "the same"),
+    male=(Mixture(.5, Between(0, .1, 0, 1), Between(1, .1, 0, 1)), "0 a woman, 1 a man"),
     muscle=(Between(.5, .27, 0, 1), "0 little, 1 much"), weight=(Between(.48, .28, 0, 1), "0 thin, 1 fat"),
     age_base=(U(0, 1), "the stage of life at which this person is photographed, see `apparent_age`"),
-    skin_melanin=(N(.12, .25), "0 pale, 1 black; the table holds the deviation from the mean of origin"),
-    skin_red=(N(1, 2), "0 average, above ruddy"),
+    skin_melanin=(N(.15, .3), "0 pale, 1 black; the table holds the deviation from the mean of origin"),
+    skin_red=(N(1, 2), "0 average, above ruddy"), skin_olive=(N(1, 2), "undertone: below 0 rosy, above olive"),
+    skin_rough=(LogU(.5, 2.2), "how strong blotches and pores are"), lined=(LogU(.4, 1.8), "how deep the lines of age are"),
+    under_eye=(U(0, 1), "dark below the eyes"), lid_dark=(U(-.3, 1), "of the upper lids"),
     freckles=(Mixture(.65, U(0, 0), U(.2, 1)), "0..1, on light skin only"),
     mole_x=(U(-1, 1), "place over the face, left to right"), mole_y=(U(-1, 1), "bottom to top"), mole=(Sometimes(.4, .25, 1), "size, 0 none"),
     texture_u=(U(0, 1000), "where in the texture of skin this person's begins"), texture_v=(U(0, 1000), "the same"),
@@ -111,19 +115,21 @@ _person = dict(
     curl=(N(.22, .5), "0 straight, 1 frizzy; deviation from the mean of origin"), parting=(U(-1, 1), "left to right"), fringe=(Sometimes(.35, .2, .9), "0 none, 1 to the brows"),
     grey_onset=(U(.3, 1.1), "apparent age at which hair turns grey"),
     brow_thickness=(N(1.3, 2), ""), brow_height=(N(1.3, 2), ""), brow_arch=(N(1.3, 2), ""), brow_tilt=(N(1.3, 2), "outer end up"),
-    iris_dark=(N(.3, .7), "0 light, 1 dark brown; deviation from the mean of origin"), iris_hue=(U(0, 1), "of light eyes, blue to green"), lip_colour=(N(1, 2), "0 average, above redder"),
-    beard=(Mixture(.5, U(0, 0), U(.1, 1)), "0..1, men only"), moustache=(Mixture(.55, U(0, 0), U(.2, 1)), "0..1, men only, rather with a beard"),
-    lipstick=(Mixture(.45, U(0, 0), U(.2, 1)), "how readily worn, women only"), lash=(N(.2, .4), "length, 0..1"))
+    brow_gap=(N(1, 2), "between the two"), brow_length=(N(1, 2), ""), brow_density=(N(1, 2), "above 0 dense and dark"),
+    iris_dark=(N(.3, .7), "0 light, 1 dark brown; deviation from the mean of origin"), iris_hue=(U(0, 1), "of light eyes, blue to green"), iris_size=(N(.5, 1), ""), lip_colour=(N(1, 2), "0 average, above redder"),
+    beard=(Mixture(.5, U(0, 0), U(.1, 1)), "0..1, men only"), moustache=(Mixture(.55, U(0, 0), U(.2, 1)), "0..1, men only, rather with a beard"), shadow=(Mixture(.35, U(0, 0), U(.1, 1)), "of a beard that is shaved, men only"),
+    lipstick=(Mixture(.3, U(0, 0), U(.2, 1)), "how readily worn, women only"), lash=(N(.2, .4), "length, 0..1"),
+    **{f: (U(-1, 1), f"what moves together, see `_TOGETHER`: {what}") for f, what in _COMMON.items()})
 PERSON = {k: spec for k, (spec, _) in _person.items()} | _shape_specs()
 
 # %% ../../nbs/world/02_people.ipynb #ebcea7d8
 _rgb = lambda name, what, lo=.02, hi=.6: {f"{name}_{c}": (U(lo, hi), what if c == "r" else "the same") for c in "rgb"}
 _photo = dict(
-    yaw=(N(.42, 1.35), "turn of the head; above 0 to the viewer's right"), pitch=(N(.16, .5), "nod; above 0 down"), roll=(N(.05, .2), "error of the alignment"),
+    yaw=(N(.42, 1.35), "turn of the head; above 0 to the viewer's right"), pitch=(N(.13, .4), "nod; above 0 down"), roll=(N(.05, .2), "error of the alignment"),
     shift_x=(N(.03, .1), "error of the alignment"), shift_y=(N(.03, .1), "the same"), zoom=(U(.95, 1.07), "the same"),
     distance=(LogU(5, 18), "of the camera, in sizes of a head"),
-    light_azimuth=(N(.8, 1.8), "where the light comes from; above 0 from the right"), light_elevation=(Between(.45, .35, -.5, 1.3), "above 0 from above"),
-    ambient=(U(.35, .8), "light from all around"), strength=(U(.5, 1.25), "of the one light"), cast_warm=(N(.5, 1.2), "colour of the light"), cast_green=(N(.35, 1.), "the same"),
+    light_azimuth=(N(.8, 1.8), "where the light comes from; above 0 from the right"), light_elevation=(Between(.4, .28, -.5, 1.), "above 0 from above"),
+    ambient=(U(.35, .8), "light from all around"), strength=(U(.5, 1.25), "of the one light"), cast_warm=(N(.35, 1.), "colour of the light"), cast_green=(N(.2, .6), "the same"),
     gamma=(U(.85, 1.2), "of the camera"), contrast=(U(.88, 1.13), "the same"),
     smile=(Sometimes(.5, .2, .9), "0..1"), mouth_open=(Sometimes(.35, .1, .7), "0..1"), eye_open=(Between(.97, .13, .45, 1.2), "0 shut, 1 open, above wide"),
     brow_raise=(Sometimes(.25, .1, .8), "0..1"), frown=(Sometimes(.18, .1, .7), "0..1"), pucker=(Sometimes(.06, .15, .5), "0..1"), press=(Sometimes(.15, .1, .5), "lips pressed, 0..1"),
@@ -133,7 +139,7 @@ _photo = dict(
     hat=(Mixture(.94, U(0, 0), Mixture(.5, U(1, 1), U(2, 2))), "0 none, 1 cap, 2 beanie"), **_rgb("hat", "its colour"),
     mask=(Sometimes(.01, 1, 1), "1 a medical mask"), hand=(Sometimes(.02, 1, 1), "1 a hand at the face"),
     occluder=(Sometimes(.05, 1., 1.), "1 something before the face"), occ_x=(U(-.8, .8), "where"), occ_y=(U(-.9, .9), "the same"), **_rgb("occ", "its colour"),
-    hair_style=(N(.4, .9), "the hair as arranged for this photo"), make_up=(Sometimes(.3, .2, 1.), "0..1"),
+    hair_style=(N(.4, .9), "the hair as arranged for this photo"), make_up=(Sometimes(.6, .2, 1.), "0..1, women only"),
     **_rgb("cloth", "colour of clothes", .02, .5), cloth_collar=(U(0, 1), "how high"),
     **_rgb("bg", "background, one end", .03), **_rgb("bg2", "the other end", .03), bg_angle=(U(0, 6.283), "direction of its ramp"), bg_blob=(U(0, 1), "a light behind the head"),
     blur=(Sometimes(.2, .004, .016), "standard deviation, parts of a frame"), noise=(U(0, .035), "of the sensor"), noise_seed=(U(0, 1), "which noise"), jpeg=(Sometimes(.3, .3, .9), "quality, 0 none"),
@@ -162,16 +168,31 @@ def _draw(specs:dict, seed:int, name:str, subjects:np.ndarray, ks:np.ndarray)->d
 _REGIONS = [[f for f in LOCAL if f.split("_")[0] in g] for g in (("head", "forehead", "neck"), ("eye", "eyebrows"), ("nose",), ("mouth",), ("chin", "cheek"), ("ear",))]
 _FAT = dict(cheek_volume=.4, head_fat=.2, neck_double=.25, chin_width=.15, head_round=.15, cheek_inner=.15) # how much of a target a fat face has
 
-def _settle_shape(p:Factors, limit:float=.7):
-    "Fat to where it sits; then shrink regions of the face in which too many factors are far out; in place."
-    for f, much in _FAT.items(): p[f] = np.clip(p[f] + much*(2*p.weight - 1), *LOCAL[f])
+_TOGETHER = dict( # shared factor -> how far it moves others, in parts of their limits
+    eye_size=dict(eye_scale=.7, eye_height1=.4, eye_height2=.5, eye_height3=.4), eye_slant=dict(eye_corner1_up=-.5, eye_corner2_up=.6),
+    eye_fold=dict(eye_eyefold_up=-.5, eye_eyefold_convex=.6, eye_eyefold_angle_up=-.4, eye_epicanthus_out=-.3),
+    nose_breadth=dict(nose_width1=.5, nose_width2=.6, nose_width3=.6, nose_nostrils_width=.5, nose_scale_horiz=.4, nose_flaring=.4, nose_point_width=.5),
+    nose_length=dict(nose_scale_vert=.6, nose_base_up=-.4, nose_point_up=-.5, nose_trans_up=-.3), nose_bridge=dict(nose_hump=.5, nose_greek=.4, nose_scale_depth=.5, nose_curve_convex=.5),
+    lip_fullness=dict(mouth_upperlip_volume=.5, mouth_lowerlip_volume=.6, mouth_upperlip_height=.6, mouth_lowerlip_height=.6),
+    mouth_breadth=dict(mouth_scale_horiz=.6, mouth_lowerlip_width=.4, mouth_upperlip_width=.4), face_length=dict(head_scale_vert=.5, head_scale_horiz=-.5, mouth_trans_up=-.3, chin_height=.4),
+    jaw_breadth=dict(chin_width=.5, chin_bones=.4, head_square=.3, head_triangular=.3, cheek_bones=-.3))
+_MANLY = dict(chin_width=.35, chin_bones=.4, chin_height=.3, chin_prominent=.3, chin_triangle=-.2, head_square=.25, head_oval=-.3, eye_scale=-.3, eye_height2=-.3, eyebrows_trans_up=-.3,
+    eyebrows_trans_forward=.3, mouth_upperlip_volume=-.3, mouth_lowerlip_volume=-.3, nose_volume=.25, nose_scale_horiz=.2, nose_hump=.25, nose_point_up=-.25, neck_scale_horiz=.4) # the same, of men; women the other way
+
+def _settle_shape(p:Factors, limit:float=.75):
+    "What moves together, sex, and fat to where it sits; then shrink regions in which too many factors are far out; in place."
+    moves = [(p[c], f, much) for c, rest in _TOGETHER.items() for f, much in rest.items()]
+    for f in {f for _, f, _ in moves}: p[f] = .75*p[f]
+    for by, f, much in moves + [(np.clip(2*p.male - 1, -1, 1), f, much) for f, much in _MANLY.items()]: p[f] = p[f] + much*LOCAL[f][1]*by
+    for f, much in _FAT.items(): p[f] = p[f] + much*(2*p.weight - 1)
+    for f, limits in LOCAL.items(): p[f] = np.clip(p[f], *limits)
     for region in _REGIONS:
         far = np.sqrt(np.mean([(p[f]/LOCAL[f][1])**2 for f in region], 0))/limit
         for f in region: p[f] = p[f]/np.maximum(far, 1)
 
 # %% ../../nbs/world/02_people.ipynb #19c76c58
 HAIR_FAMILIES = tuple("bald receding buzz short side curly bob long tied".split()) # the numbers of `hair_family`
-_FAMILIES = np.array([[.00, .00, .01, .06, .09, .14, .22, .33, .15],  # of women: shares of families 0..8
+_FAMILIES = np.array([[.00, .00, .00, .04, .09, .12, .24, .38, .13],  # of women: shares of families 0..8
                       [.08, .13, .16, .30, .18, .09, .01, .03, .02]]) # of men
 _LENGTHS = np.array([0., .15, .05, .25, .4, .45, .6, .85, .7])        # middle length of a family
 
@@ -199,7 +220,9 @@ def _settle(p:Factors):
     p["beard"] = p.beard*man*mean(1., .7, 1.)
     p["moustache"] = np.maximum(p.moustache, .7*p.beard*(p.beard > .5))*man*mean(1., .8, 1.)
     p["lipstick"], p["lash"] = p.lipstick*(1 - man), np.clip(.4 + p.lash + .25*(1 - man), 0, 1)
-    p["brow_thickness"] = np.clip(p.brow_thickness + .5*(man - .5), -2, 2)
+    p["shadow"] = p.shadow*man*mean(.7, .6, 1.)
+    for f, much in dict(brow_thickness=1.2, brow_height=-.8, brow_arch=-.8, brow_density=.6, lip_colour=-.6).items(): p[f] = np.clip(p[f] + much*(man - .5), -2, 2)
+    p["muscle"], p["hairline"] = p.muscle*(.6 + .4*man), np.clip(p.hairline - .5*(1 - man), -2, 2)
     _settle_shape(p); _settle_hair(p)
 
 # %% ../../nbs/world/02_people.ipynb #3e9ab662
@@ -239,13 +262,13 @@ def apparent_age(person:Tensor, # [N,F], columns `PERSON`
                  photo:Tensor   # [N,G], columns `PHOTO`
                 )->Tensor:      # [N], 0 young adult, 1 old
     "How old the person looks in the photo: mostly the photo's age, partly the person's own."
-    return .4*person[:, list(PERSON).index("age_base")] + .6*photo[:, list(PHOTO).index("age")]
+    return .3*person[:, list(PERSON).index("age_base")] + .55*photo[:, list(PHOTO).index("age")]
 
 def _phenotype(p:Factors, age:Tensor)->Tensor: # [N,48]
     "Weights of the phenotype shapes, in the order of `_PHENOTYPE`."
-    origin, sex, age = torch.cat([p[o] for o in ORIGINS], 1), torch.cat([1 - p.male, p.male], 1), torch.stack([1 - age, age], 1)
+    origin, sex, age = torch.cat([p[o] for o in ORIGINS], 1), torch.cat([1.15 - 1.3*p.male, 1.3*p.male - .15], 1), torch.stack([1 - age, age], 1)
     corners = lambda x: torch.cat([(1 - 2*x).clamp_min(0), 1 - (2*x - 1).abs(), (2*x - 1).clamp_min(0)], 1)
-    race = torch.einsum("no,ng,na->noga", origin + .35*(origin - 1/3), sex, age) # a third beyond the means of origins: people are no means
+    race = torch.einsum("no,ng,na->noga", origin + .45*(origin - 1/3), sex, age) # half as far again from the means of origins: people are no means
     build = torch.einsum("ng,na,nm,nw->ngamw", sex, age, corners(p.muscle), corners(p.weight))
     return torch.cat([race.flatten(1), build.flatten(1)], 1)
 

@@ -205,15 +205,18 @@ def background(
     photo:Factors, # two colours, bg_angle, bg_blob, noise_seed
     size:int,
 )->Tensor: # [B,3,size*size]
-    "Something out of focus: a ramp between two colours, a window, blobs of light."
+    "Something out of focus: a ramp between two colours from warm to cool, soft shapes, a window, blobs of light."
     x, y = frame_grid(size, photo.bg_angle)
     c, s, seed = photo.bg_angle.cos(), photo.bg_angle.sin(), photo.noise_seed
-    ramp = (.5*(c*x + s*y) + .5 + .14*noise(COARSE, 22*x + 300*seed, 22*y)).clamp(0, 1)
+    u, v = 40 + 176*seed, 40 + 176*(7*seed).frac()                               # noise has a seam at 0
+    ramp = (.4*(c*x + s*y) + .5 + .22*noise(COARSE, 15*x + u, 9*y + v)).clamp(0, 1)
     window = bell((x - .9*s)/.45, (y + .8*c)/.4)
-    blobs = soft(noise(COARSE, 34*x + 90, 34*y + 200*seed) - .7, .5)
-    a, b = (torch.stack([photo[f"bg{k}_{q}"] for q in "rgb"], 1) for k in ("", "2"))
-    a, b = (mix(c.mean(1, keepdim=True), c, .45) for c in (a, b))                # rooms and streets are greyish
-    return mix(a, b, ramp[:, None])*(1 + .9*photo.bg_blob*(window + .6*blobs))[:, None]
+    blobs = soft(noise(COARSE, 36*x + v, 36*y + u) - .8, .9)
+    def wall(r, g, b):
+        grey, warm, green = (r + g + b)/3, .45*(r - b), .12*(2*g - r - b)            # rooms and streets are greyish
+        return torch.stack([grey*(1 + warm), grey*(1 + green), grey*(1 - 1.2*warm)], 1)
+    a, b = (wall(*(photo[f"bg{k}_{q}"] for q in "rgb")) for k in ("", "2"))
+    return mix(a, b, ramp[:, None])*(1 + .8*photo.bg_blob*(window + .5*blobs))[:, None]
 
 def chosen(
     x:Tensor, # [B,...]

@@ -65,13 +65,13 @@ SKIN = torch.tensor([[.88, .69, .60], [.78, .55, .44], [.60, .38, .27], [.38, .2
 BLOND, BLACK, GREY = torch.tensor([.62, .44, .25]), torch.tensor([.020, .015, .012]), torch.tensor([.46, .455, .45])
 
 def skin_colour(
-    person:Factors, # skin_melanin 0..1, skin_red
+    person:Factors, # skin_melanin 0..1, skin_red, skin_olive -2..2
 )->Tensor: # [B,3,1] linear reflectance
     "Bare skin."
     u, table = person.skin_melanin.clamp(0, .999)*4, SKIN.to(person.skin_melanin)
     k = u.long()[:, 0]
     c = mix(table[k], table[k + 1], u - u.floor())
-    return (c*(1 + person.skin_red.clamp(-2, 2)*torch.tensor([.02, -.03, -.045]).to(u)))[..., None]
+    return (c*(1 + person.skin_red*torch.tensor([.02, -.04, -.06]).to(u) + person.skin_olive*torch.tensor([-.025, .01, -.09]).to(u)))[..., None]
 
 def hair_colour(
     person:Factors, # hair_melanin 0..1, hair_red 0..1
@@ -95,11 +95,13 @@ def paint_skin(
     "Skin with its blood, pores, freckles, spots of age and a mole."
     person, photo = s.person, s.photo
     cheeks = .8*bell((s.ax - .36)/.20, (s.y - 6.98)/.17) + .7*bell(s.x/.13, (s.y - 7.0)/.13)
-    rouge = .9*photo.make_up*bell((s.ax - .42)/.15, (s.y - 7.0)/.10)
+    rouge = .9*s.made_up*bell((s.ax - .42)/.15, (s.y - 7.0)/.10)
     flush = (cheeks + rouge)*s.front + .5*s.ears
     c = skin_colour(person).expand(-1, -1, s.x.shape[1])
     c = tinted(c, flush*(.6 + .25*person.skin_red.clamp(-1.5, 1.5)), .03, -.15, -.13)
-    c = tinted(c, .05*s.coarse + .035*s.fine, .8, 1., 1.)
+    c = tinted(c, person.skin_rough*(.05*s.coarse + .035*s.fine), .8, 1., 1.)
+    lids = (person.lid_dark + .8*s.made_up)*bell((s.ax - .30)/.17, (s.y - 7.42)/.05)
+    c = tinted(c, s.front*(lids + 1.2*person.under_eye*bell((s.ax - .27)/.13, (s.y - 7.235)/.045)), -.20, -.26, -.22)
     freckles = person.freckles*soft(s.fine - .75, .6)*bell((s.ax - .2)/.4, (s.y - 7.03)/.24)*s.front
     c = tinted(c, freckles.clamp(0, 1) + .4*photo.age*soft(s.coarse - .9, .5), -.25, -.42, -.5)
     r = ((s.x - .42*person.mole_x)**2 + (s.y - 6.9 - .42*person.mole_y)**2).sqrt()
@@ -117,7 +119,7 @@ def paint_age(
     crow = bell((s.ax - .60)/.06, (s.y - 7.27)/.10)*fan
     fold = bell((s.ax - .20 - .47*(6.98 - s.y))/.028)*soft(6.97 - s.y, .05)*soft(s.y - 6.66, .06)
     bag = bell((s.ax - .29)/.16, (s.y - 7.115)/.028)
-    age = s.photo.age.clamp(0, 1)
+    age = s.photo.age.clamp(0, 1)*s.person.lined
     return c*(1 - s.front*(age*(.22*lines + .12*crow + .20*bag + .22*fold) + .05*bag))[:, None]
 
 # %% ../../nbs/world/05_skin.ipynb #145625d6
@@ -126,11 +128,12 @@ def brows(
     strand:Tensor, # [B,P] noise that runs along the hairs
 )->Tensor: # [B,P] opacity
     "Two arches, thick inside, thin outside."
-    p, u = s.person, (s.ax - .31)/.195
-    y = 7.475 + .02*p.brow_height + .018*p.brow_tilt*u - .035*(1 + .4*p.brow_arch)*u*u + .012*u
-    half = (.030 + .009*p.brow_thickness)*(1 - .42*u.clamp(-1, 1.2))
+    p = s.person
+    u = (s.ax - .315 - .018*p.brow_gap)/(.195 + .018*p.brow_length)
+    y = 7.475 + .026*p.brow_height + .028*p.brow_tilt*u - .035*(1 + .6*p.brow_arch)*u*u + .012*u
+    half = (.030 + .011*p.brow_thickness)*(1 - .42*u.clamp(-1, 1.2))
     inside = soft(half - (s.y - y).abs() + .007*strand, .022 + s.px)*soft(1.08 - u.abs(), .25)
-    return (inside*s.front*(.72 + .12*p.brow_thickness.clamp(-1.5, 1.5) + .10*strand)).clamp(0, .92)
+    return (inside*s.front*(.72 + .10*p.brow_thickness.clamp(-1.5, 1.5) + .15*p.brow_density + .10*strand)).clamp(0, .95)
 
 def beard(
     s:Factors,
@@ -141,7 +144,7 @@ def beard(
     jaw = soft(6.74 + .95*(s.ax - .28).clamp_min(0) - s.y + .02*strand, .15)*soft(s.z - .15, .3)*soft(s.y - 5.95, .2)
     chin = mix(bell(s.x/.26), 1., (2*p.beard - .5).clamp(0, 1))
     lip = bell(s.x/.25, (s.y - 6.80)/.062)*s.front
-    full = (1.1*p.beard).clamp(0, .92)*jaw*chin + (1.1*p.moustache).clamp(0, .92)*lip + .12*(p.beard > .02)*jaw
+    full = (1.1*p.beard).clamp(0, .92)*jaw*chin + (1.1*p.moustache).clamp(0, .92)*lip + .30*torch.maximum(p.shadow, .4*(p.beard > .02))*torch.maximum(jaw, lip)
     return (full*(.78 + .13*s.fine.clamp(-1, 1) + .10*strand.clamp(-1.5, 1.5))).clamp(0, .88)*(1 - s.lips)
 
 def paint_hairs(
@@ -164,8 +167,8 @@ def paint_mouth(
     s:Factors,
 )->Tensor:
     "Lips (with lipstick where there is make-up), the inside of the mouth, and the lash line."
-    p, made_up = s.person, s.photo.make_up
-    lip = c*colour(.92, .60, .60, c)*(1 + .05*p.lip_colour[..., None])
+    p, made_up = s.person, s.made_up
+    lip = c*torch.exp(colour(-.08, -.51, -.51, c) + p.lip_colour[..., None]*colour(-.05, -.17, -.12, c))
     lip = mix(lip, colour(.46, .06, .09, c), (1.3*p.lipstick*made_up).clamp(0, .85)[..., None])
     c = mix(c, lip, .85*s.lip[:, None])
     c = mix(c, colour(.02, .012, .01, c), (s.lash*(.45 + .4*(p.lash + .6*made_up).clamp(0, 1)))[:, None])
@@ -181,7 +184,7 @@ def paint_eyes(
     gx, gy, gz = F.normalize(gaze, dim=1)[..., None].unbind(1)
     length = (s.eye_x**2 + s.eye_y**2 + s.eye_z**2).sqrt() + 1e-6
     angle = torch.acos(((s.eye_x*gx + s.eye_y*gy + s.eye_z*gz)/length).clamp(-1, 1))
-    iris, pupil = soft(.49 - angle, .06 + 3*s.px), soft(.19 - angle, .06 + 3*s.px)
+    iris, pupil = soft(.49 + .05*person.iris_size - angle, .06 + 3*s.px), soft(.19 - angle, .06 + 3*s.px)
     pale = mix(colour(.22, .38, .50, c), colour(.24, .36, .20, c), (2*person.iris_hue - .6).clamp(0, 1)[..., None])
     rays = 1 + .25*torch.cos(11*torch.atan2(s.eye_y - gy, s.eye_x - gx)) - .5*bell((angle - .44)/.07)
     ic = mix(pale, colour(.10, .045, .02, c), person.iris_dark.clamp(0, 1).sqrt()[..., None])*rays.clamp_min(.2)[:, None]
@@ -208,7 +211,9 @@ def paint_cloth(
     n = s.photo
     line = 5.62 + .35*n.cloth_collar - (.5 - .25*n.cloth_collar)*bell(s.x/.42)*(s.z > 0) - .10*(s.z - .3)
     cloth = soft(line - s.y, .025 + s.px)*(s.part == 0)
-    c = mix(c, torch.stack([n.cloth_r, n.cloth_g, n.cloth_b], 1)*(1 + .08*s.coarse)[:, None], cloth[:, None])
+    dye = torch.stack([n.cloth_r, n.cloth_g, n.cloth_b], 1)
+    dye = mix(dye.mean(1, keepdim=True), dye, .6)                              # few clothes are gaudy
+    c = mix(c, dye*(1 + .08*s.coarse)[:, None], cloth[:, None])
     s.masked = (n.mask > 0)*mask_shape(s.x, s.y, s.z, s.px)*(s.part == 0)
     paper = .28 + .7*torch.stack([n.occ_r, n.occ_g, n.occ_b], 1)
     pleats = 1 - .10*(.5 + .5*torch.cos(48*s.y))*bell(s.x/.5)
@@ -219,7 +224,7 @@ def paint(
     s:Factors, # the points: x y z lips lash inside ears polar eye_x eye_y eye_z part px, person, photo
 )->Tensor: # [B,3,P] linear reflectance; `s` gets what light needs to know: cloth, masked, lip, fine
     "A whole head: skin, age, hairs, mouth, eyes, teeth and tongue, clothes."
-    s.update(ax=s.x.abs(), front=soft(s.z - .75, .3), lip=soft(s.lips - .42, .5))
+    s.update(made_up=s.photo.make_up*(s.person.male < .5), ax=s.x.abs(), front=soft(s.z - .75, .3), lip=soft(s.lips - .42, .5))
     around = torch.atan2(s.x, s.z - .2)
     s.update(coarse=noise(COARSE, 19*around + .35*s.person.texture_u, 21*s.y + .35*s.person.texture_v),
              fine=noise(FINE, 104*around + s.person.texture_u, 114*s.y + s.person.texture_v))
