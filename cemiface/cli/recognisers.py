@@ -143,7 +143,8 @@ def verify_command(
     Example, three seeds of one training: cemiface verify --recogniser seed_0 --recogniser seed_1 --recogniser seed_2
     """
     import torch
-    from cemiface.world.faces import PROC_BENCHMARKS, benchmark_pairs
+    from cemiface.world.people import BENCHMARK_SIDES
+    from cemiface.world.worlds import draw_benchmark
     from cemiface.recognition.training import embed
     from cemiface.recognition.verification import results_table, table_over_seeds, verify, verify_sets
     if pairs % 20: raise ValueError(f"--pairs {pairs}: give a multiple of 20, so that ten folds hold as many same as different pairs")
@@ -159,7 +160,7 @@ def verify_command(
         used, index = torch.as_tensor(index).unique(return_inverse=True)
         results = [{faces.name: verify(embed(network, faces.subset(used), batch_size, flip=True, progress=True, precision=precision)[index], issame)} for network in networks]
     else:
-        pair_sets = pair_sets or {n: benchmark_pairs(n, pairs, *sizes, seed) for n in PROC_BENCHMARKS}
+        pair_sets = pair_sets or {n: draw_benchmark(n, pairs, *sizes, seed) for n in BENCHMARK_SIDES}
         results = [verify_sets(network, pair_sets, batch_size, progress=True, precision=precision) for network in networks]
     tables = [results_table(r) for r in results]
     table = table_over_seeds(tables) if len(tables) > 1 else tables[0]

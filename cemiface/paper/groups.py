@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..core.figures import figure_style
 from ..core.report import Finding
-from ..world.faces import NUISANCE
+from ..world.people import PHOTO
 from ..recognition.groups import group_table, plot_groups
 from ..study.results import result
 from ..study.study import Study
@@ -168,6 +168,6 @@ def figure2(study:Study, subjects:int=3)->Finding:
     plt.close(fig)
     facts = dict(first=cos[groups == 0].mean().item(), last=cos[groups == 4].mean().item(), subjects=subjects)
     if not faces.factors: return Finding(FIGURE2, figure=fig, facts=facts) # photographs
-    ranks = factor_ranks(pd.DataFrame(faces.factors["nuisance"].numpy(), columns=NUISANCE), pd.Series(cos.numpy()))
+    ranks = factor_ranks(pd.DataFrame(faces.factors["photo"].numpy(), columns=list(PHOTO)), pd.Series(cos.numpy()))
     facts["factors"] = ", ".join(f"{name} ({rank:+.2f})" for name, rank in ranks[:3].items())
     return Finding(FIGURE2 + FACTORS, figure=fig, facts=facts)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core.figures import figure_style
 from ..core.report import Finding
-from ..world.faces import world_faces
+from ..world.worlds import draw_world
 from ..data.faceset import to_float
 from ..recognition.training import fresh_backbone
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS
@@ -301,7 +301,7 @@ def _legend(ax):
 def draw_structure(s:Structure): # matplotlib figure
     "Figure 3: training above, generation below."
     p = s.profile
-    photos = to_float(world_faces("casia", 2, 3, p.size).images).unflatten(0, (2, 3)) # of two subjects
+    photos = to_float(draw_world("casia", 2, 3, p.size).images).unflatten(0, (2, 3)) # of two subjects
     x = photos[:, 0]
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     scheduler = noise_scheduler(p.simmat.T, p.simmat.snr_scale)
