@@ -46,7 +46,7 @@ SEVEN = (1.0, 0.6, 0.3, 0.0, -0.3, -0.6, -1.0)
 SIZES = dict(
     smoke=dict(size=16, train_subjects=12, subjects=12, per_subject=20, pairs=40, inquiries=12, candidates=24, set_subjects=8,
                set_per_subject=6, oversample=2, steps=4, ms=(1.0, 0.0, -1.0), control_ms=SEVEN),
-    laptop=dict(size=64, train_subjects=3000, subjects=300, per_subject=20, pairs=600, inquiries=200, candidates=600, set_subjects=120,
+    laptop=dict(size=64, train_subjects=5000, subjects=300, per_subject=20, pairs=600, inquiries=200, candidates=600, set_subjects=120,
                 set_per_subject=10, oversample=5, steps=10, ms=SEVEN, control_ms=SEVEN),
     gpu=dict(size=112, train_subjects=3000, subjects=1000, per_subject=40, pairs=2000, inquiries=400, candidates=1200, set_subjects=400,
              set_per_subject=10, oversample=5, steps=10, ms=tuple(round(1 - .2 * i, 1) for i in range(11)), control_ms=SEVEN),
