@@ -314,10 +314,15 @@ def test_factors_that_are_there_are_read_and_no_others():
     reader = fit_factors(emb, labels, truth[labels])
     assert reader.readable.tolist() == [True] * 3 + [False] * 2 and reader.r2[:3].min() > .9
     table = factor_table(reader, reader.held_out[:10], truth[:10])
-    by_hand = [[float((reader.held_out[a] - truth[b])[:3].square().mean().sqrt()) for b in range(80)] for a in range(80)]
+    spread = truth.std(0)
+    by_hand = [[float(((reader.held_out[a] - truth[b]) / spread)[:3].square().mean().sqrt()) for b in range(80)] for a in range(80)]
     assert table["mean"].iloc[0] == pytest.approx(np.mean(np.diag(by_hand)), abs=1e-5)
     assert table["mean"].iloc[1] == pytest.approx(np.mean(np.min(by_hand + np.diag([np.inf] * 80), 1)), abs=1e-5)
     assert table["mean"].iloc[2] == pytest.approx(np.mean(np.diag(by_hand)[:10]), abs=1e-5) and table["mean"].iloc[3] <= table["mean"].iloc[2]
+    units, known = torch.tensor([1000., 1, .01, 1, 1]), torch.cat([truth, torch.ones(80, 1)], 1)                   # other units, and one that never varies
+    other = fit_factors(emb, labels, (known * torch.cat([units, torch.ones(1)]))[labels])
+    assert other.readable.tolist() == [True] * 3 + [False] * 3
+    assert factor_table(other, other.held_out[:10], other.truth[:10]).values == pytest.approx(table.values, rel=1e-3)
     with pytest.raises(ValueError, match="tells none"): fit_factors(torch.randn(320, 20, generator=g), labels, truth[labels])
     with pytest.raises(ValueError, match="at least 20"): fit_factors(emb[:40], labels[:40], truth[labels][:40])
 
@@ -393,7 +398,7 @@ def test_a_page_of_a_generated_set_in_either_form(sets, tmp_path):
 def test_copies_end_in_an_alarm(sets, tmp_path):
     said = run(sets / "copied", "--against", sets / "real", "--out", tmp_path / "a")
     assert said.exit_code == 1 and "Leakage: LEAK" in said.stdout and "Achieved similarity: Left out: no inquiries" in said.stdout, said.output
-    assert (pd.read_csv(tmp_path / "a/tables/subjects.csv").eval("subject == nearest")).mean() > .9
+    assert (pd.read_csv(tmp_path / "a/tables/subjects.csv").eval("subject == nearest")).mean() > .75 # mirrored, a lopsided face is not quite the same
 
 
 def test_inquiries_held_out_people_and_features(sets, tmp_path):
