@@ -362,11 +362,11 @@ def test_files_that_are_no_features(tmp_path, monkeypatch, name, write, says):
 def sets(tmp_path_factory):
     "A set drawn by the shipped generator, one more as records, real people as a folder."
     root = tmp_path_factory.mktemp("sets")
-    asked = open_faces("proc:webface_1shot", 32, 6, 1)
+    asked = open_faces("proc:webface_1shot", 64, 6, 1)
     for name, form in (("drawn", "folder"), ("records", "records")):
         generate_set(shipped_models(), asked, [1., -1.], 2, root / name, steps=2, oversample=1, form=form, progress=False)
     generate_set(shipped_models(), asked, 0., 2, root / "bare", steps=1, oversample=0, progress=False)
-    real = open_faces("proc:casia", 32, 24, 4)
+    real = open_faces("proc:casia", 64, 24, 4)
     write_folder(root / "real", real.images, real.labels)
     write_folder(root / "copied", real.images[:48].flip(-1), real.labels[:48])
     return root

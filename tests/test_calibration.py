@@ -11,7 +11,7 @@ from cemiface.world.worlds import draw_world
 
 @pytest.fixture(scope="module")
 def shipped():
-    pipe, faces = shipped_pipeline(), to_float(draw_world("webface_1shot", 32, 1, 32, first=30_000).images)
+    pipe, faces = shipped_pipeline(), to_float(draw_world("webface_1shot", 32, 1, 64, first=30_000).images)
     pipe.set_progress_bar_config(disable=True)
     return pipe, faces, identity_embedding(pipe.recogniser, faces, None)
 
