@@ -62,8 +62,8 @@ def quantile(spec:tuple, # kind and parameters, as the functions above return
 
 # %% ../../nbs/world/02_people.ipynb #f8c91474
 _LIMITS = dict(
-    head="angle_out .26, back_scale_depth .3, diamond .35, fat .35, invertedtriangular .6, oval .5, rectangular .5, round .5, scale_depth .4, scale_horiz .45, scale_vert .4, square .45, triangular .45",
-    forehead="nubian .6, scale_vert .6, temple .8",
+    head="angle_out .26, back_scale_depth .3, diamond .35, fat .35, invertedtriangular .6, oval .5, rectangular .5, round .5, scale_depth .4, scale_horiz .45, scale_vert .33, square .45, triangular .45",
+    forehead="nubian .6, scale_vert .45, temple .8",
     eyebrows="angle_up -.5 .99, trans_forward -.88 .66, trans_up -.77 .99",
     eye="bag .88, bag_height .66, bag_out .66, corner1_up 1.2, corner2_up 1.2, epicanthus_out -.88 .94, eyefold_angle_up 1.1, eyefold_convex 1.1, eyefold_up 1.1, height1 -.99 1.2, height2 -.99 1.2, height3 -.99 1.2, "
         "push1_out .66, push2_out .66, scale -.99 1.2, trans_out -.94 .99, trans_up .83",
@@ -104,7 +104,7 @@ _person = dict(
     age_base=(U(0, 1), "the stage of life at which this person is photographed, see `apparent_age`"),
     skin_melanin=(N(.15, .3), "0 pale, 1 black; the table holds the deviation from the mean of origin"),
     skin_red=(N(1, 2), "0 average, above ruddy"), skin_olive=(N(1, 2), "undertone: below 0 rosy, above olive"),
-    skin_rough=(LogU(.5, 2.2), "how strong blotches and pores are"), lined=(LogU(.4, 1.8), "how deep the lines of age are"),
+    skin_rough=(LogU(.5, 1.8), "how strong blotches and pores are"), lined=(LogU(.4, 1.8), "how deep the lines of age are"),
     under_eye=(U(0, 1), "dark below the eyes"), lid_dark=(U(-.3, 1), "of the upper lids"),
     freckles=(Mixture(.65, U(0, 0), U(.2, 1)), "0..1, on light skin only"),
     mole_x=(U(-1, 1), "place over the face, left to right"), mole_y=(U(-1, 1), "bottom to top"), mole=(Sometimes(.4, .25, 1), "size, 0 none"),
@@ -119,7 +119,7 @@ _person = dict(
     iris_dark=(N(.3, .7), "0 light, 1 dark brown; deviation from the mean of origin"), iris_hue=(U(0, 1), "of light eyes, blue to green"), iris_size=(N(.5, 1), ""), lip_colour=(N(1, 2), "0 average, above redder"),
     beard=(Mixture(.5, U(0, 0), U(.1, 1)), "0..1, men only"), moustache=(Mixture(.55, U(0, 0), U(.2, 1)), "0..1, men only, rather with a beard"), shadow=(Mixture(.35, U(0, 0), U(.1, 1)), "of a beard that is shaved, men only"),
     lipstick=(Mixture(.3, U(0, 0), U(.2, 1)), "how readily worn, women only"), lash=(N(.2, .4), "length, 0..1"),
-    **{f: (U(-1, 1), f"what moves together, see `_TOGETHER`: {what}") for f, what in _COMMON.items()})
+    **{f: (U(-1.3, 1.3), f"what moves together, see `_TOGETHER`: {what}") for f, what in _COMMON.items()})
 PERSON = {k: spec for k, (spec, _) in _person.items()} | _shape_specs()
 
 # %% ../../nbs/world/02_people.ipynb #ebcea7d8
@@ -152,11 +152,15 @@ class Factors(dict):
     "Named columns of a factor matrix, each [B,1], read as attributes."
     __getattr__ = dict.__getitem__
 
+    def rows(self, k:Tensor)->"Factors": # int64 [K]
+        "Some of the rows."
+        return Factors(zip(self, torch.stack(list(self.values())).index_select(1, k).unbind()))
+
 def named(x:Tensor, # [B,F]
           names:list # F names
          )->Factors:
     "Columns of `x` by name."
-    return Factors({n: x[:, k:k+1].contiguous() for k, n in enumerate(names)})
+    return Factors(zip(names, x.T.contiguous()[..., None].unbind()))
 
 def _draw(specs:dict, seed:int, name:str, subjects:np.ndarray, ks:np.ndarray)->dict: # factor -> float64 [N]
     "A number for each factor and row, from the hash of (seed, name, subject, k, factor's name)."
@@ -166,7 +170,7 @@ def _draw(specs:dict, seed:int, name:str, subjects:np.ndarray, ks:np.ndarray)->d
 
 # %% ../../nbs/world/02_people.ipynb #f970aeba
 _REGIONS = [[f for f in LOCAL if f.split("_")[0] in g] for g in (("head", "forehead", "neck"), ("eye", "eyebrows"), ("nose",), ("mouth",), ("chin", "cheek"), ("ear",))]
-_FAT = dict(cheek_volume=.4, head_fat=.2, neck_double=.25, chin_width=.15, head_round=.15, cheek_inner=.15) # how much of a target a fat face has
+_FAT = dict(cheek_volume=.6, head_fat=.3, neck_double=.35, chin_width=.2, head_round=.25, cheek_inner=.3) # how much of a target a fat face has
 
 _TOGETHER = dict( # shared factor -> how far it moves others, in parts of their limits
     eye_size=dict(eye_scale=.7, eye_height1=.4, eye_height2=.5, eye_height3=.4), eye_slant=dict(eye_corner1_up=-.5, eye_corner2_up=.6),
@@ -177,13 +181,13 @@ _TOGETHER = dict( # shared factor -> how far it moves others, in parts of their 
     mouth_breadth=dict(mouth_scale_horiz=.6, mouth_lowerlip_width=.4, mouth_upperlip_width=.4), face_length=dict(head_scale_vert=.5, head_scale_horiz=-.5, mouth_trans_up=-.3, chin_height=.4),
     jaw_breadth=dict(chin_width=.5, chin_bones=.4, head_square=.3, head_triangular=.3, cheek_bones=-.3))
 _MANLY = dict(chin_width=.35, chin_bones=.4, chin_height=.3, chin_prominent=.3, chin_triangle=-.2, head_square=.25, head_oval=-.3, eye_scale=-.3, eye_height2=-.3, eyebrows_trans_up=-.3,
-    eyebrows_trans_forward=.3, mouth_upperlip_volume=-.3, mouth_lowerlip_volume=-.3, nose_volume=.25, nose_scale_horiz=.2, nose_hump=.25, nose_point_up=-.25, neck_scale_horiz=.4) # the same, of men; women the other way
+    eyebrows_trans_forward=.3, mouth_upperlip_volume=-.3, mouth_lowerlip_volume=-.3, nose_volume=.25, nose_scale_horiz=.2, nose_hump=.25, nose_point_up=-.25, neck_scale_horiz=.4) # the same, of men; women twice as far the other way
 
-def _settle_shape(p:Factors, limit:float=.75):
+def _settle_shape(p:Factors, limit:float=.85):
     "What moves together, sex, and fat to where it sits; then shrink regions in which too many factors are far out; in place."
     moves = [(p[c], f, much) for c, rest in _TOGETHER.items() for f, much in rest.items()]
     for f in {f for _, f, _ in moves}: p[f] = .75*p[f]
-    for by, f, much in moves + [(np.clip(2*p.male - 1, -1, 1), f, much) for f, much in _MANLY.items()]: p[f] = p[f] + much*LOCAL[f][1]*by
+    for by, f, much in moves + [(np.clip(1.5*p.male - 1, -1, .5), f, much) for f, much in _MANLY.items()]: p[f] = p[f] + much*LOCAL[f][1]*by
     for f, much in _FAT.items(): p[f] = p[f] + much*(2*p.weight - 1)
     for f, limits in LOCAL.items(): p[f] = np.clip(p[f], *limits)
     for region in _REGIONS:
@@ -221,7 +225,7 @@ def _settle(p:Factors):
     p["moustache"] = np.maximum(p.moustache, .7*p.beard*(p.beard > .5))*man*mean(1., .8, 1.)
     p["lipstick"], p["lash"] = p.lipstick*(1 - man), np.clip(.4 + p.lash + .25*(1 - man), 0, 1)
     p["shadow"] = p.shadow*man*mean(.7, .6, 1.)
-    for f, much in dict(brow_thickness=1.2, brow_height=-.8, brow_arch=-.8, brow_density=.6, lip_colour=-.6).items(): p[f] = np.clip(p[f] + much*(man - .5), -2, 2)
+    for f, much in dict(brow_thickness=1., brow_height=-.8, brow_arch=-.8, brow_density=.6, lip_colour=-.6).items(): p[f] = np.clip(p[f] + much*(man - .5), -2, 2)
     p["muscle"], p["hairline"] = p.muscle*(.6 + .4*man), np.clip(p.hairline - .5*(1 - man), -2, 2)
     _settle_shape(p); _settle_hair(p)
 
@@ -261,14 +265,14 @@ def photos(seed:int,             # another seed, other photos
 def apparent_age(person:Tensor, # [N,F], columns `PERSON`
                  photo:Tensor   # [N,G], columns `PHOTO`
                 )->Tensor:      # [N], 0 young adult, 1 old
-    "How old the person looks in the photo: mostly the photo's age, partly the person's own."
-    return .3*person[:, list(PERSON).index("age_base")] + .55*photo[:, list(PHOTO).index("age")]
+    "How old the person looks in the photo, by the person's stage of life and the photo's age."
+    return .5*person[:, list(PERSON).index("age_base")] + .4*photo[:, list(PHOTO).index("age")]
 
 def _phenotype(p:Factors, age:Tensor)->Tensor: # [N,48]
     "Weights of the phenotype shapes, in the order of `_PHENOTYPE`."
     origin, sex, age = torch.cat([p[o] for o in ORIGINS], 1), torch.cat([1.15 - 1.3*p.male, 1.3*p.male - .15], 1), torch.stack([1 - age, age], 1)
     corners = lambda x: torch.cat([(1 - 2*x).clamp_min(0), 1 - (2*x - 1).abs(), (2*x - 1).clamp_min(0)], 1)
-    race = torch.einsum("no,ng,na->noga", origin + .45*(origin - 1/3), sex, age) # half as far again from the means of origins: people are no means
+    race = torch.einsum("no,ng,na->noga", origin + .5*(origin - 1/3), sex, age) # half as far again from the means of origins: people are no means
     build = torch.einsum("ng,na,nm,nw->ngamw", sex, age, corners(p.muscle), corners(p.weight))
     return torch.cat([race.flatten(1), build.flatten(1)], 1)
 

@@ -6,7 +6,7 @@
 __all__ = ['QUANTISATION', 'LABELS', 'Studio', 'quads_around', 'with_skull', 'studio', 'head_normals', 'lamp', 'unit',
            'light_head', 'tinted_dark', 'strands', 'light_hair', 'frame_grid', 'background', 'chosen', 'occluder',
            'oil_paint', 'out_of_focus', 'sensor_noise', 'cosine_transform', 'compressed', 'develop', 'Truth',
-           'scene_geometry', 'draw_skin', 'draw_worn', 'draw_hair', 'parts_of', 'render']
+           'scene_geometry', 'pixels_of', 'put_back', 'draw_skin', 'draw_worn', 'draw_hair', 'parts_of', 'render']
 
 # %% ../../nbs/world/07_photograph.ipynb #6809deda
 import functools
@@ -227,7 +227,7 @@ def chosen(
     "`x` with some images changed."
     who = some[:, 0].nonzero()[:, 0]
     if not len(who): return x
-    return x.index_copy(0, who, change(x[who], Factors({k: v[who] for k, v in factors.items()})))
+    return x.index_copy(0, who, change(x[who], factors.rows(who)))
 
 def occluder(
     light:Tensor, # [B,3,P]
@@ -352,19 +352,39 @@ def scene_geometry(
         return xy @ M.transpose(1, 2) + shift[:, None], near
     return v, scalp, view, R, M, view(five)[0]
 
+def pixels_of(
+    seen:Tensor, # bool [B,P]
+)->Tensor: # int64 [B,M]: the pixels that are seen, then P
+    "Pixels of each image, as many as the fullest has."
+    count = seen.cumsum(1)
+    image, pixel = seen.nonzero().unbind(1)
+    at = seen.new_full((len(seen), max(1, int(count[:, -1].max()))), seen.shape[1], dtype=torch.int64)
+    at[image, count[image, pixel] - 1] = pixel
+    return at
+
+def put_back(
+    a:Tensor, # [...,M]
+    at:Tensor, # [...,M] like `a`, from `pixels_of`
+    count:int, # P
+)->Tensor: # [...,P], 0 elsewhere
+    "Values of pixels in their places."
+    return a.new_zeros(*a.shape[:-1], count + 1).scatter_(-1, at, a)[..., :count]
+
 def draw_skin(
     v:Tensor, layer:tuple, R:Tensor, px:Tensor, person:Factors, photo:Factors, room:Studio,
-)->tuple[Tensor,Factors]: # [B,3,P] light, the points
-    "Paint and light of the head's pixels."
-    k, w1, w2 = layer[:3]
+)->tuple[Tensor,Factors]: # [B,3,P] light, the points that are seen, `at` their pixels
+    "Paint and light of the head's pixels; no others are worked on."
+    at, P = pixels_of(layer[0] >= 0), layer[0].shape[1]
+    k, w1, w2 = (a.gather(1, at.clamp_max(P - 1)) for a in layer[:3])
     L = lamp(photo)
     seen = harmonics((R.transpose(1, 2) @ L[..., None])[..., 0]) @ room.head.visibility.T
     turned = head_normals(v, room) @ R.transpose(1, 2)
     *N, seen = interpolate(torch.cat([turned, seen[..., None]], -1), room.triangles, k, w1, w2)
     names = "x y z lips lash inside ambient ears polar eye_x eye_y eye_z".split()
     s = Factors(zip(names, interpolate(room.place, room.triangles, k, w1, w2)))
-    s.update(part=room.part[k.clamp_min(0)]*(k >= 0), px=px, person=person, photo=photo)
-    return light_head(paint(s), s, unit(torch.stack(N)), seen, L), s
+    s.update(part=room.part[k.clamp_min(0)]*(k >= 0), px=px, person=person, photo=photo, at=at)
+    light = light_head(paint(s), s, unit(torch.stack(N)), seen, L)
+    return put_back(light, at[:, None].expand_as(light), P), s
 
 # %% ../../nbs/world/07_photograph.ipynb #6fadc8ff
 def draw_worn(
@@ -419,8 +439,8 @@ def parts_of(
 )->Tensor: # uint8 [B,size,size]
     "What most of each pixel shows."
     part = torch.where(s.part == 1, 2, torch.where(s.part >= 2, 3, torch.where(s.lip > .5, 4, 1)))
-    part = torch.where(s.cloth > .5, 6, part)
-    part = torch.where(worn > .5, 7, torch.where(s.masked > .5, 7, part*(covered > .5)))
+    part = torch.where(s.masked > .5, 7, torch.where(s.cloth > .5, 6, part))
+    part = torch.where(worn > .5, 7, put_back(part, s.at, covered.shape[1])*(covered > .5))
     return torch.where(hair > .5, 5, part).view(-1, size, size).to(torch.uint8)
 
 def render(
@@ -450,7 +470,7 @@ def render(
     has = ((photo.glasses > 0) | ((photo.hat > .5) & (photo.hat < 1.5)) | (photo.hand > 0))[:, 0].nonzero()[:, 0]
     solid = torch.zeros_like(covered)
     if len(has):
-        some = [Factors({k: x[has] for k, x in f.items()}) for f in (person, photo)]
+        some = [f.rows(has) for f in (person, photo)]
         def some_view(p): return tuple(a[has] for a in view(torch.zeros(len(v), *p.shape[1:], device=p.device).index_copy(0, has, p)))
         new = draw_worn(light[has], front[has], v[has], scalp[has], some_view, R[has], *some, room, samples)
         light, front, solid = (a.index_copy(0, has, b) for a, b in zip((light, front, solid), new))

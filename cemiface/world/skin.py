@@ -71,7 +71,7 @@ def skin_colour(
     u, table = person.skin_melanin.clamp(0, .999)*4, SKIN.to(person.skin_melanin)
     k = u.long()[:, 0]
     c = mix(table[k], table[k + 1], u - u.floor())
-    return (c*(1 + person.skin_red*torch.tensor([.02, -.04, -.06]).to(u) + person.skin_olive*torch.tensor([-.025, .01, -.09]).to(u)))[..., None]
+    return (c*(1 + person.skin_red*torch.tensor([.02, -.04, -.06]).to(u) + person.skin_olive*torch.tensor([-.02, .01, -.08]).to(u)))[..., None]
 
 def hair_colour(
     person:Factors, # hair_melanin 0..1, hair_red 0..1
@@ -130,9 +130,9 @@ def brows(
     "Two arches, thick inside, thin outside."
     p = s.person
     u = (s.ax - .315 - .018*p.brow_gap)/(.195 + .018*p.brow_length)
-    y = 7.475 + .026*p.brow_height + .028*p.brow_tilt*u - .035*(1 + .6*p.brow_arch)*u*u + .012*u
-    half = (.030 + .011*p.brow_thickness)*(1 - .42*u.clamp(-1, 1.2))
-    inside = soft(half - (s.y - y).abs() + .007*strand, .022 + s.px)*soft(1.08 - u.abs(), .25)
+    y = 7.485 + .030*p.brow_height + .026*p.brow_tilt*u - .035*(1 + .6*p.brow_arch)*u*u + .012*u
+    half = (.031 + .0125*p.brow_thickness)*(1 - .42*u.clamp(-1, 1.2))
+    inside = soft(half.clamp_min(.01) - (s.y - y).abs() + .007*strand, .022 + s.px)*soft(1.08 - u.abs(), .25)
     return (inside*s.front*(.72 + .10*p.brow_thickness.clamp(-1.5, 1.5) + .15*p.brow_density + .10*strand)).clamp(0, .95)
 
 def beard(
