@@ -26,7 +26,7 @@ def chunk_length(
     device:str,
 )->int: # images
     "Images that are drawn at once."
-    return max(1, (2**17 if device == "cpu" else 2**24)//size**2)
+    return max(1, min(64, 2**17//size**2) if device == "cpu" else 2**24//size**2)
 
 def photograph(
     person:Tensor, # [N,F], columns `PERSON`
