@@ -61,7 +61,7 @@ TRAINING = dict(
                student=dict(backbone="ir18", width=8, size=16, margin="cosface", epochs=2, batch_size=32, warmup_steps=2),
                simmat=dict(steps=40, batch_size=16, lr=2e-3, warmup_steps=10, snr_scale=(320/16)**2, **OWN),
                dcface=dict(steps=30, batch_size=16, lr=2e-3, warmup_steps=5, snr_scale=(320/16)**2, prediction="v_prediction")),
-    laptop=dict(teacher=dict(backbone="ir18", width=24, stem=2, size=64, margin="adaface", epochs=6, batch_size=128, milestones=(.6, .85), warmup_steps=300, **AUTO),
+    laptop=dict(teacher=dict(backbone="ir18", width=24, stem=2, size=64, margin="adaface", epochs=4, batch_size=128, milestones=(.6, .85), warmup_steps=300, **AUTO),
                 student=dict(backbone="ir18", width=8, stem=2, size=64, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50, **AUTO),
                 simmat=dict(steps=17500, batch_size=64, lr=1e-3, warmup_steps=300, snr_scale=(320/64)**2, **OWN, **AUTO),
                 dcface=dict(steps=3200, batch_size=64, lr=1e-3, warmup_steps=50, snr_scale=(320/64)**2, prediction="v_prediction", **AUTO)),
