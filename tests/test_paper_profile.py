@@ -117,10 +117,10 @@ def test_every_chosen_result_is_made(made):
     assert "Not made" not in (made[1] / "paper" / "index.html").read_text()
 
 
-def test_nothing_real_is_called_procedural(made):
+def test_nothing_real_is_called_rendered(made):
     found, out, _ = made
     page = (out / "paper" / "index.html").read_text()
-    assert "proc-" not in page and "proc:" not in page and "procedural" not in page and "photographs" in page
+    assert "proc-" not in page and "proc:" not in page and "rendered" not in page and "photographs" in page
     assert "89 images of 12 subjects" in page and "recogniser.ckpt" in page  # where the numbers come from
     assert {"LFW", "LFW published", "AVG", "AVG published"} <= set(found["table1"].table) and "proc" not in " ".join(found["table11"].table)
     measured = found["figure4"].figure.axes[0]
@@ -268,7 +268,7 @@ def test_a_damaged_pair_stops_before_any_training(data, tmp_path):
 
 
 # ---- the graph
-def test_procedural_tasks_are_what_they_were(tmp_path):
+def test_rendered_tasks_are_what_they_were(tmp_path):
     s = Study("laptop", tmp_path, from_scratch=True)
     tasks = in_order([t for r in RESULTS.values() for t in r.needs(s)])
     assert len(tasks) > 100 and not s.real

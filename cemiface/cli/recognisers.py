@@ -121,8 +121,8 @@ def verify_command(
     recogniser: Annotated[list[Path], typer.Option(help="recogniser folder, public checkpoint file, or the word shipped; repeat for the seeds of one training: mean and interval over seeds")],
     benchmarks: BenchmarksOption = None,
     skip_damaged: SkipDamagedOption = False,
-    data: Annotated[Optional[str], typer.Option(metavar="DIR", help="faces to draw pairs from: a folder, record folder, list; default: the procedural benchmarks")] = None,
-    pairs: Annotated[int, typer.Option(min=20, help="pairs of each procedural benchmark, or to draw from --data")] = 600,
+    data: Annotated[Optional[str], typer.Option(metavar="DIR", help="faces to draw pairs from: a folder, record folder, list; default: the rendered benchmarks")] = None,
+    pairs: Annotated[int, typer.Option(min=20, help="pairs of each rendered benchmark, or to draw from --data")] = 600,
     out: Annotated[Optional[Path], typer.Option(help="folder to write table.csv and verification.png (score histograms, ROC) to")] = None,
     subjects: SubjectsOption = None,
     per_subject: PerSubjectOption = None,
@@ -134,7 +134,7 @@ def verify_command(
 ):
     """Measure 1:1 verification by InsightFace's 10-fold protocol.
 
-    On your own .bin sets (--benchmarks), on pairs drawn from your own faces (--data), or on the procedural benchmarks.
+    On your own .bin sets (--benchmarks), on pairs drawn from your own faces (--data), or on the rendered benchmarks.
 
     Example: cemiface verify --recogniser adaface_ir50.ckpt --benchmarks lfw.bin,cfp_fp.bin,agedb_30.bin,calfw.bin,cplfw.bin --out results
 

@@ -67,7 +67,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     weight_decay:float = Field(0., ge=0, description="of AdamW")
     clip_grad:float = Field(1., gt=0, description="largest norm of the gradient")
     T:int = Field(1000, ge=2, description="time steps")
-    snr_scale:float = Field(1., gt=0, description="of the noise schedule: 1 is the paper's; (320/size)^2 gives m its range on small procedural faces")
+    snr_scale:float = Field(1., gt=0, description="of the noise schedule: 1 is the paper's; (320/size)^2 gives m its range on small rendered faces")
     prediction:Literal["epsilon","v_prediction"] = Field("epsilon", description="what the network's output means: the noise (the paper), or v, from which the noise is computed")
     ema_power:float = Field(.75, gt=0, description="decay at step n is 1-(1+n)^-power")
     ema_max:float = Field(.9999, ge=0, le=1, description="largest decay")

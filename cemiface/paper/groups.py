@@ -111,7 +111,7 @@ def plot_accuracy(table:pd.DataFrame, # `on`, every benchmark and AVG, each with
                      sizes={n: 2 if n == "AVG" else 1 for n in names}, ax=ax, legend=ax is axes[0])
         ax.set_title(title)
         if len(t) < 10: ax.set_xticks(t[on])
-    if "proc-LFW" in table: axes[0].set_title("measured, procedural benchmarks")
+    if "proc-LFW" in table: axes[0].set_title("measured, rendered benchmarks")
     axes[0].errorbar(table[on], table.AVG, table.AVG_sd.fillna(0), fmt="o", ms=4, color="black", capsize=3)
     if least == least: axes[0].axhspan(table.AVG.max() - least, table.AVG.max(), color=".9", lw=0, zorder=0)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)

@@ -39,7 +39,7 @@ class Profile(BaseModel, extra="forbid", frozen=True):
     ms: tuple[float, ...] = Field(description="values of m of Table 11 and Figure 4")
     control_ms: tuple[float, ...] = Field(description="values of m of the control curve and Figure 5")
     curve_per_subject: int | None = Field(None, description="the same of the sets of Table 11, Figure 4 and D.1; None: set_per_subject")
-    real: bool = Field(False, description="the user's files (`PaperData`) in the place of procedural faces")
+    real: bool = Field(False, description="the user's files (`PaperData`) in the place of rendered faces")
 
 # %% ../../nbs/study/01_profiles.ipynb #899d62fa
 SEVEN = (1.0, 0.6, 0.3, 0.0, -0.3, -0.6, -1.0)
@@ -54,7 +54,7 @@ SIZES = dict(
                set_per_subject=50, curve_per_subject=10, oversample=5, steps=20, ms=tuple(round(1 - .1 * i, 1) for i in range(21)), control_ms=SEVEN, real=True))
 AUTO = dict(precision="auto") # bf16 where the machine is faster in it
 FAST = dict(precision="bf16", channels_last=True)
-OWN = dict(prediction="v_prediction", identity="class_centre") # where the profiles of procedural faces leave the paper's method
+OWN = dict(prediction="v_prediction", identity="class_centre") # where the profiles of rendered faces leave the paper's method
 VARIANT_STEPS = dict(smoke=10, laptop=300, gpu=250, paper=None)
 TRAINING = dict(
     smoke=dict(teacher=dict(backbone="ir18", width=8, size=16, margin="adaface", epochs=4, batch_size=32, warmup_steps=4),
