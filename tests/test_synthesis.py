@@ -208,6 +208,7 @@ def test_m_grid_and_its_figure(pipe, tmp_path):
     alone = draw_m_grid(pipe, faces[1], ms, seeds[1:], steps=2)[0]
     assert (grid[1].int() - alone.int()).abs().max() <= 1  # another batch size may round another way
     with pytest.raises(ValueError, match="2 inquiries for 3 seeds"): draw_m_grid(pipe, faces, ms, [1, 2, 3], steps=2)
-    left, right = plot_m_grid(grid, faces, ms).axes
-    assert [t.get_text() for t in left.get_xticklabels() + right.get_xticklabels()] == ["inquiry", "m = 1", "m = 0", "m = \N{MINUS SIGN}1"]
+    ax, = plot_m_grid(grid, faces, ms, torch.tensor([[.5, .25, -.5], [.7, .25, 0.]]), side=32).axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["inquiry", "m = 1", "m = 0", "m = \N{MINUS SIGN}1"]
+    assert [t.get_text() for t in ax.texts] == ["cos 0.6", "cos 0.25", "cos \N{MINUS SIGN}0.25"]
     assert torch.equal(read_image(save_contact_sheet(grid, tmp_path/"sheet.png")), contact_sheet(grid))

@@ -221,6 +221,7 @@ def demo_command(
     face = draw_world("webface_1shot", 1, 1, image_size(pipe.unet), seed=seed).images
     grid = draw_m_grid(pipe, face[0], DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
     cos = embed(pipe.recogniser, grid.flatten(0, 1)).cpu() @ embed(pipe.recogniser, face).cpu()[0]
-    save_figure(plot_m_grid(grid, face[0], DEMO_MS), out, dpi=150)
-    means = zip(DEMO_MS, cos.view(rows, -1).mean(0).tolist())
+    cos = cos.view(rows, -1)
+    save_figure(plot_m_grid(grid, face[0], DEMO_MS, cos, width=12), out, dpi=150)
+    means = zip(DEMO_MS, cos.mean(0).tolist())
     typer.echo(f"{out} shows an inquiry and images drawn from it. Their mean cosine to it: " + ", ".join(f"{c:.2f} at m = {m:g}" for m, c in means))

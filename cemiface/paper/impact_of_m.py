@@ -79,7 +79,7 @@ FIGURE5 = ("A row is one inquiry and one noise, and only m changes along it; "
 def figure5(study:Study, rows:int=6)->Finding:
     "A row per inquiry and its noise, a column an m."
     task, samples = study.control(), study.control().load()
-    fig = plot_m_grid(samples["images"][:, :rows, 0].transpose(0, 1), samples["inquiry"][:rows], list(task.ms))
+    fig = plot_m_grid(samples["images"][:, :rows, 0].transpose(0, 1), samples["inquiry"][:rows], list(task.ms), achieved(samples)[:, :rows, 0].T)
     means = dict(zip(task.ms, achieved(samples).mean((1, 2)).tolist()))
     high, low = max(means), min(means)
     facts = dict(inquiries=task.count, high=high, low=low, first=means[high], last=means[low])
