@@ -21,7 +21,9 @@ from cemiface.data.alignment import align_folder
 from cemiface.data.images import decode_image
 from cemiface.data.recordio import RecordWriter
 from cemiface.data.records import open_encoded
-from cemiface.sets.rendered import merge_rendered, parse_factors, render_set
+from cemiface.sets.checked import redraw, verify_rendered
+from cemiface.sets.factors import parse_factors
+from cemiface.sets.rendered import merge_rendered, read_table, render_set
 from cemiface.world.people import PERSON, PHOTO
 from cemiface.world.worlds import draw_world
 
@@ -52,7 +54,10 @@ def test_pictures_and_factors_are_the_worlds(whole):
     drawn = draw_world("casia", 5, 4, 16)
     pixels = np.stack([decode_image(stored.read(i)).numpy() for i in range(20)])
     assert np.abs(pixels.astype(int) - drawn.images.numpy()).max() <= 1
-    assert (table[list(PHOTO)].to_numpy(np.float32) == drawn.photo.numpy()).all() and (table[list(PERSON)].to_numpy(np.float32) == drawn.person.numpy()).all()
+    assert (table[list(PHOTO)].to_numpy(np.float32) == drawn.photo.numpy()).all()
+    people = pd.read_csv(whole["folder"]/"people.csv")
+    assert list(people) == ["shown", *PERSON] and not {*PERSON} & {*table}
+    assert (table[["shown"]].merge(people, on="shown")[list(PERSON)].to_numpy(np.float32) == drawn.person.numpy()).all()
     assert table.shown.tolist() == drawn.shown.tolist() and table.file[4] == "000001/0000.png"
     assert stored.labels.tolist() == table.label.tolist() == drawn.labels.tolist()
 
@@ -68,9 +73,9 @@ def test_first_numbers_the_people(tmp_path):
 
 CHILD = """
 import sys, time, json
-from cemiface.sets import rendered
-draw = rendered.draw_block
-rendered.draw_block = lambda *a: time.sleep(.3) or draw(*a)
+from cemiface.sets import blocks, rendered
+draw = blocks.draw_block
+blocks.draw_block = lambda *a: time.sleep(.3) or draw(*a)
 rendered.render_set(**json.loads(sys.argv[1]))
 """
 
@@ -97,7 +102,7 @@ class Crash(BaseException): "What a killed process does: nothing more."
 def test_a_crash_at_any_step_of_the_end(tmp_path, monkeypatch, whole, form):
     import cemiface.sets.rendered as rendered
     for s in (0, 1): make(tmp_path/"drawn", share=(s, 2), **form)
-    for step in ("join_blocks", "write_landmarks", "write_sheet", "write_rendered_card", "clean"):
+    for step in ("join_blocks", "join_people", "write_landmarks", "write_sheet", "write_rendered_card", "clean"):
         if step == "write_landmarks" and not form: continue
         for after in (False, True):
             out = shutil.copytree(tmp_path/"drawn", tmp_path/f"{step}{after}"/"set")
@@ -153,7 +158,7 @@ def test_finished_is_left_alone_and_a_lost_picture_is_drawn_again(tmp_path, monk
     (out/"000003"/"0002.png").unlink()
     make(out)
     assert content(out) == before
-    monkeypatch.setattr("cemiface.sets.rendered.draw_block", None)
+    monkeypatch.setattr("cemiface.sets.blocks.draw_block", None)
     make(out)
     assert content(out) == before
 
@@ -179,7 +184,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
 
 @pytest.mark.parametrize("bad, why", [
     (dict(world="moon"), "no world 'moon'"), (dict(size=15), "16 to 224"), (dict(subjects=0), "must be 1 or more"), (dict(margin=.5), "1 is the aligned face"),
-    (dict(ext="gif"), "choose folder or records"), (dict(form="tar"), "choose folder or records"), (dict(factors=dict(smiel=1)), "no factor 'smiel'")])
+    (dict(ext="gif"), "choose folder or records"), (dict(form="tar"), "choose folder or records"), (dict(table="xls"), "choose csv or parquet"), (dict(factors=dict(smiel=1)), "no factor 'smiel'")])
 def test_bad_settings_leave_no_trace(tmp_path, bad, why):
     with pytest.raises(ValueError, match=why): make(tmp_path/"set", **bad)
     assert not any(tmp_path.iterdir())
@@ -194,8 +199,9 @@ def test_factors_that_cannot_be(text, why):
 
 
 def test_factors_are_obeyed(tmp_path):
-    table = pd.read_csv(make(tmp_path/"set", factors=parse_factors(["glasses=0,smile=.5", "yaw=N(.2,.1)", "hat_r=.1...2", "male=1"]))/"factors.csv")
-    assert (table.glasses == 0).all() and (table.smile == .5).all() and (table.male == 1).all()
+    out = make(tmp_path/"set", factors=parse_factors(["glasses=0,smile=.5", "yaw=N(.2,.1)", "hat_r=.1...2", "male=1"]))
+    table, people = pd.read_csv(out/"factors.csv"), pd.read_csv(out/"people.csv")
+    assert (table.glasses == 0).all() and (table.smile == .5).all() and (people.male == 1).all()
     assert table.yaw.between(-.1001, .5001).all() and table.yaw.std() > .02 and table.hat_r.between(.1, .2).all()
 
 
@@ -208,6 +214,86 @@ def test_truth(whole):
     assert (table.right_eye_x < table.left_eye_x).mean() > .7
     assert list(pd.read_csv(out/"landmarks.csv").columns) == ["path", "x1", "y1", "x2", "y2", "x3", "y3", "x4", "y4", "x5", "y5"]
     assert "no real person" in (out/"README.md").read_text() and "landmarks68.npy" in (out/"README.md").read_text()
+
+
+def test_every_person_who_is_shown_has_one_row(tmp_path):
+    kw = dict(subjects=40, per_subject=3)
+    out = make(tmp_path/"a"/"set", **kw)
+    table, people = (pd.read_csv(out/f"{name}.csv") for name in ("factors", "people"))
+    assert (table.shown != table.subject).any(), "no wrong label: choose another seed"
+    assert people.shown.tolist() == table.shown.unique().tolist()
+    drawn = draw_world("casia", 40, 3, 16)
+    for who in people.shown: # on every photo of a person, the same factors
+        rows = drawn.person.numpy()[drawn.shown.numpy() == who]
+        assert (rows == people.loc[people.shown == who, list(PERSON)].to_numpy(np.float32)).all()
+    for s in (1, 0): make(tmp_path/"b"/"set", share=(s, 2), **kw)
+    assert content(merge_rendered(tmp_path/"b"/"set", progress=False)) == content(out)
+    other = make(tmp_path/"c"/"set", **kw | dict(batch_size=50)) # other blocks, the same people
+    assert (other/"people.csv").read_bytes() == (out/"people.csv").read_bytes()
+
+
+def test_parquet_without_its_writer(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install pyarrow"): make(tmp_path/"set", table="parquet")
+    answer = run("render", "--subjects", 2, "--per-subject", 2, "--size", 16, "--table", "parquet", "--out", tmp_path/"set")
+    assert answer.exit_code == 1 and answer.output.count("\n") == 1 and "pip install pyarrow" in answer.output
+    assert not any(tmp_path.iterdir())
+
+
+@FORMS
+def test_parquet_holds_what_csv_holds(tmp_path, whole, form):
+    pytest.importorskip("pyarrow")
+    out, csv = make(tmp_path/"one"/"set", table="parquet", **form), whole["records" if form else "folder"]
+    for name in ("factors", "people"):
+        assert not (out/f"{name}.csv").exists() and f"`{name}.parquet`" in (out/"README.md").read_text()
+        pd.testing.assert_frame_equal(read_table(out/f"{name}.parquet"), read_table(csv/f"{name}.csv"), check_exact=True)
+    for s in (1, 0): make(tmp_path/"two"/"set", table="parquet", share=(s, 2), **form)
+    assert content(merge_rendered(tmp_path/"two"/"set", progress=False)) == content(out)
+    assert not len(verify_rendered(out))
+
+
+@FORMS
+def test_verify(tmp_path, whole, form):
+    source = whole["records" if form else "folder"]
+    assert not len(verify_rendered(source))
+    def damaged(change):
+        out = shutil.copytree(source, tmp_path/"set", dirs_exist_ok=False)
+        change(out)
+        answer = run("set", "verify", out)
+        faults = dict(verify_rendered(out).itertuples(index=False))
+        assert answer.exit_code == 1 and all(file in answer.output for file in faults) and f"{len(faults)} fault" in answer.output, answer.output
+        shutil.rmtree(out)
+        return faults
+    def flip(path):
+        data = bytearray(path.read_bytes())
+        data[len(data)//2] ^= 1
+        path.write_bytes(data)
+    written = "is not what was written: its checksum is not render.json's"
+    for name in ("factors.csv", "people.csv", *(["train.rec", "train.idx", "landmarks68.npy"] if form else [])):
+        assert damaged(lambda out: flip(out/name)) == {name: written}
+        assert damaged(lambda out: (out/name).unlink()) == {name: "is not there"}
+    if form: assert damaged(lambda out: (out/"parts"/"000001"/"0001.png").unlink()) == {"parts/000001/0001.png": "is not there"}
+    else:
+        assert damaged(lambda out: flip(out/"000001"/"0001.png")) == {"000001/0001.png": "its checksum is not factors.csv's"}
+        assert damaged(lambda out: (out/"000001"/"0001.png").unlink()) == {"000001/0001.png": "cannot be read: No such file or directory"}
+        assert damaged(lambda out: (out/"000001"/"9.png").write_bytes(b"")) == {"000001/9.png": "is not in factors.csv"}
+
+
+def test_commands_for_sets(tmp_path, whole, monkeypatch):
+    for out in whole.values():
+        answer = run("set", "verify", out)
+        assert answer.exit_code == 0 and "is whole: every image is there, unchanged, and 8 of them drawn again are the same" in answer.output, answer.output
+        answer = run("set", "regenerate", out, "--image", "3/2")
+        assert answer.exit_code == 0 and "3/2 of" in answer.output and "drawn again: " in answer.output, answer.output
+    assert "no image 9/9" in error("set", "regenerate", out, "--image", "9/9")
+    assert "leave --generator out" in error("set", "regenerate", out, "--image", "3/2", "--generator", "dcface")
+    assert "is a rendered set" in error("set", "card", out)
+    make(tmp_path/"half", share=(0, 2))
+    for words in (["verify"], ["regenerate", "--image", "0/0"]): assert "cemiface set merge" in error("set", *words, tmp_path/"half")
+    monkeypatch.setattr("cemiface.sets.checked.head_hash", lambda: "other")
+    monkeypatch.setattr("cemiface.sets.blocks.head_hash", lambda: "other")
+    assert not len(verify_rendered(out)) and "none was drawn again" in run("set", "verify", out).output
+    with pytest.raises(ValueError, match="other heads"): redraw(out, "3/2")
 
 
 def test_photographs_can_be_aligned(tmp_path):

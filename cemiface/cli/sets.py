@@ -48,11 +48,12 @@ def render_command(
     truth: Annotated[bool, typer.Option("--truth", help="landmarks (5 and 68) and masks of parts, too")] = False,
     form: Annotated[Literal["folder", "records"], typer.Option("--to", help="image files, one folder per subject, or InsightFace record files")] = "folder",
     ext: Annotated[Literal["png", "jpg"], typer.Option("--format", help="exact, or smaller")] = "png",
+    table: Annotated[Literal["csv", "parquet"], typer.Option(help="form of the tables, factors of pictures and of people; parquet needs pyarrow")] = "csv",
     share: Annotated[Optional[str], typer.Option(metavar="S/N", help="draw share S of N, such as 2/5; default: the launcher's, else all")] = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ):
-    """Render a labelled set of people who do not exist, with every factor beside every picture.
+    """Render a labelled set of people who do not exist, with every factor of photos and people in two tables.
 
     If it is stopped, the same command goes on from there. Each share, by --share or under torchrun, accelerate or a Slurm array, is drawn by a process of its own; then cemiface set merge joins them.
 
@@ -62,32 +63,38 @@ def render_command(
 
     Example, every factor there is: cemiface render --world flickr --list-factors
     """
-    from cemiface.sets.rendered import drawn_images, factor_lines, parse_factors, render_set
+    from cemiface.sets.factors import factor_lines, parse_factors
     if list_factors: return typer.echo(factor_lines(world))
+    from cemiface.sets.blocks import drawn_images
+    from cemiface.sets.rendered import render_set
     changes, (s, n), since = parse_factors(factors), _share_of(share), time.perf_counter()
     before = drawn_images(out)
-    render_set(world, subjects, per_subject, out, size, seed, first, changes, margin, form, ext, truth, pick_device(device), (s, n))
+    render_set(world, subjects, per_subject, out, size, seed, first, changes, margin, form, ext, truth, table, pick_device(device), (s, n))
     seconds, after = time.perf_counter() - since, drawn_images(out)
     if not (out/"render.json").exists():
         return typer.echo(f"share {s + 1} of {n} is drawn, {seconds:.1f} s; when all are: cemiface set merge {out}")
     typer.echo(_rendered_summary(out, after, subjects, after - before, seconds))
 
 # %% ../../nbs/cli/05_sets.ipynb #fbcefa36
-set_app = typer.Typer(no_args_is_help=True, help="Check generated sets, join the shares of several processes, draw an image again, write a card.")
+set_app = typer.Typer(no_args_is_help=True, help="Check sets of generate or render, join the shares of several processes, draw an image again, write a card.")
 SetArgument = Annotated[Path, typer.Argument(metavar="SET", help="folder of a finished set")]
 
 @set_app.command("verify")
 @one_line_errors("set verify")
 def verify_set_command(folder: SetArgument):
-    """Check every file of a generated set against its manifest.
+    """Check every file of a set against its manifest, and the manifest against its plan.
 
-    And the manifest against its plan. Exit status 1 if something is wrong.
+    Of a rendered set a few pictures are drawn again, too. Exit status 1 if something is wrong.
 
     Example: cemiface set verify my_set
     """
+    from cemiface.sets.blocks import rendered_config
+    from cemiface.sets.checked import redrawn_words, verify_rendered
     from cemiface.sets.stored import verify_set
-    faults = verify_set(folder, progress=True)
-    typer.echo(f"{faults.to_string(index=False)}\n{folder} has {len(faults)} fault{'s' * (len(faults) > 1)}" if len(faults) else f"{folder} is whole: every image is there, unchanged")
+    rendered = rendered_config(folder)
+    faults = (verify_rendered if rendered else verify_set)(folder, progress=True)
+    typer.echo(f"{faults.to_string(index=False)}\n{folder} has {len(faults)} fault{'s' * (len(faults) > 1)}" if len(faults) else
+               f"{folder} is whole: every image is there, unchanged{redrawn_words(rendered) if rendered else ''}")
     raise typer.Exit(int(len(faults) > 0))
 
 @set_app.command("merge")
@@ -100,11 +107,22 @@ def merge_command(folder: Annotated[Path, typer.Argument(metavar="SET", help="fo
     Example: cemiface set merge my_set
     """
     from cemiface.sets.layout import merge_set
-    from cemiface.sets.rendered import merge_rendered, rendered_config
+    from cemiface.sets.blocks import rendered_config
+    from cemiface.sets.rendered import merge_rendered
     merge = merge_set if rendered_config(folder) is None else merge_rendered
     typer.echo(f"{merge(folder)} is finished: every share is there, and every image in it\nTrain on it: cemiface train-recogniser --data {folder}")
 
 # %% ../../nbs/cli/05_sets.ipynb #9841d19d
+def _redraw(folder:Path, image:str, generator:str|None, device:str|None):
+    "`set regenerate` of a rendered set."
+    from cemiface.sets.checked import redraw, same_picture
+    if generator: raise ValueError(f"{folder} is a rendered set, which no generator drew: leave --generator out")
+    again = redraw(folder, image, pick_device(device))
+    outcome = ("the same file" if again.same else f"the same picture, its pixels differ by up to {again.difference} of 255" if same_picture(again) else
+               f"another picture: pixels differ by up to {again.difference} of 255")
+    typer.echo(f"{image} of {folder}, drawn again: {outcome}")
+    raise typer.Exit(int(not same_picture(again)))
+
 @set_app.command("regenerate")
 @one_line_errors("set regenerate")
 def regenerate_command(
@@ -121,6 +139,8 @@ def regenerate_command(
 
     Example, a set of your own generator: cemiface set regenerate my_set --image 000003/0002.png --generator my_generator
     """
+    from cemiface.sets.blocks import rendered_config
+    if rendered_config(folder): return _redraw(folder, image, generator, device)
     from cemiface.generation.diffusion import SAMPLERS
     from cemiface.sets.stored import open_set, regenerate
     made = open_set(folder).config
@@ -131,6 +151,7 @@ def regenerate_command(
     typer.echo(f"{image} of {folder}, drawn again: {outcome}")
     raise typer.Exit(int(not again.same and again.difference > 0))
 
+# %% ../../nbs/cli/05_sets.ipynb #5b1e90f1
 @set_app.command("card")
 @one_line_errors("set card")
 def card_command(
@@ -141,6 +162,8 @@ def card_command(
 
     Example: cemiface set card my_set --recogniser my_recogniser
     """
+    from cemiface.sets.blocks import rendered_config
+    if rendered_config(folder): raise ValueError(f"{folder} is a rendered set, whose card cemiface render has written (README.md): this command measures sets of cemiface generate")
     from cemiface.audit.card import write_card
     card = write_card(folder, open_recogniser(recogniser, None), str(recogniser), progress=True)
     typer.echo(f"The card is {card}, its contact sheet lies beside it")

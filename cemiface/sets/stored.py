@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StoredSet', 'open_set', 'is_generated', 'inquiries_of', 'check_inquiries', 'row_fault', 'unknown_images',
-           'plan_faults', 'verify_set', 'Regenerated', 'image_id', 'batch_embeddings', 'regenerate']
+           'plan_faults', 'image_faults', 'verify_set', 'Regenerated', 'image_id', 'batch_embeddings', 'regenerate']
 
 # %% ../../nbs/sets/04_stored.ipynb #be72ecce
 import hashlib
@@ -139,17 +139,21 @@ def plan_faults(stored:StoredSet)->list[tuple]: # file, fault
     return length + [(table.file[r], "its line in the manifest is not what set.json promises")
                      for r in np.flatnonzero(wrong)]
 
-def verify_set(out:str|Path, progress:bool=False)->pd.DataFrame: # file, fault: empty if the set is sound
-    "Check a finished set against its manifest, and the manifest against its plan. ValueError if it is not finished."
-    stored = open_set(out)
-    faults, rows = plan_faults(stored), list(stored.table.itertuples())
+def image_faults(stored:StoredSet, progress:bool=False)->list[tuple]: # file, fault
+    "Images that are missing, or not what the manifest says."
+    faults, rows = [], list(stored.table.itertuples())
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(rows), unit="img", desc="checking", disable=not progress) as bar:
         for start in range(0, len(rows), 1024):
             some = rows[start:start+1024]
             faults += [(row.file, fault)
                        for row, fault in zip(some, pool.map(lambda row: row_fault(stored, row), some)) if fault]
             bar.update(len(some))
-    return pd.DataFrame(faults + unknown_images(stored), columns=["file", "fault"])
+    return faults
+
+def verify_set(out:str|Path, progress:bool=False)->pd.DataFrame: # file, fault: empty if the set is sound
+    "Check a finished set against its manifest, and the manifest against its plan. ValueError if it is not finished."
+    stored = open_set(out)
+    return pd.DataFrame(plan_faults(stored) + image_faults(stored, progress) + unknown_images(stored), columns=["file", "fault"])
 
 # %% ../../nbs/sets/04_stored.ipynb #36910880
 @dataclass(frozen=True)
