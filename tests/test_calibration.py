@@ -16,7 +16,6 @@ def shipped():
     return pipe, faces, identity_embedding(pipe.recogniser, faces, None)
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped weights have learned another renderer's faces: take this mark away with weights of today's")
 @pytest.mark.parametrize("sampler, steps, wanted", [("DDIM", 10, .3), ("DDIM", 20, .3), ("DPM-Solver++", 10, .4), ("UniPC", 10, .4)])
 def test_asked_and_achieved(shipped, sampler, steps, wanted):
     pipe, faces, own = shipped

@@ -421,7 +421,6 @@ def test_calibration_measures_what_the_pipeline_draws(given, tmp_path):
     with pytest.raises(ValueError, match="at least two"): calibrate(pipe, given["inquiries"], [.3])
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped weights have learned another renderer's faces: take this mark away with weights of today's")
 def test_the_shipped_generator_gives_the_similarity_asked_for():
     pipe = shipped_pipeline()
     pipe.set_progress_bar_config(disable=True)
