@@ -1,10 +1,9 @@
 "Backbones as they are saved, and what the two layouts have in common."
-from pathlib import Path
+import json
 
 import pytest
 import torch
 
-import cemiface
 from cemiface.recognition.backbones import BACKBONES, SqueezeExcite, UNITS, IResNet, backbone, forward_flops
 
 torch.set_num_threads(1)
