@@ -68,7 +68,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     clip_grad:float = Field(1., gt=0, description="largest norm of the gradient")
     T:int = Field(1000, ge=2, description="time steps")
     snr_scale:float = Field(1., gt=0, description="of the noise schedule: 1 is the paper's; (320/size)^2 gives m its range on small rendered faces")
-    prediction:Literal["epsilon","v_prediction"] = Field("epsilon", description="what the network's output means: the noise (the paper), or v, from which the noise is computed")
+    prediction:Literal["epsilon","v_prediction","sample"] = Field("epsilon", description="what the network's output means: the noise (the paper), or v or the image, from which the noise is computed")
     ema_power:float = Field(.75, gt=0, description="decay at step n is 1-(1+n)^-power")
     ema_max:float = Field(.9999, ge=0, le=1, description="largest decay")
     flip:bool = Field(True, description="mirror every other image")
