@@ -22,7 +22,7 @@ from cemiface.data.faceset import to_float, to_uint8
 from cemiface.generation.pipeline import MARK, CemiFacePipeline, calibrated_m, untrained_pipeline
 from cemiface.generation.standalone import standalone
 from cemiface.generation.calibration import calibrate, sample_embeddings
-from cemiface.generation.diffusion import ddim_scheduler, image_size
+from cemiface.generation.diffusion import ddim_scheduler, image_size, predict
 from cemiface.generation.conditioning import identity_embedding
 from cemiface.generation.shipped import shipped_pipeline
 from cemiface.world.worlds import draw_world
@@ -202,7 +202,9 @@ def test_default_sampling_is_the_plain_loop(pipe, given):
     with torch.no_grad():
         tokens = pipe.conditioner(emb, given["m"])
         scheduler.set_timesteps(3)
-        for t in scheduler.timesteps: x = scheduler.step(pipe.unet(x, t, encoder_hidden_states=tokens).sample, t, x).prev_sample
+        for t in scheduler.timesteps: x = scheduler.step(predict(pipe.unet, x, t, tokens), t, x).prev_sample
+        plain = pipe.unet(x, t, encoder_hidden_states=tokens).sample # torch's own choice of attention
+        assert torch.allclose(plain, predict(pipe.unet, x, t, tokens), atol=1e-4)
     assert torch.equal(draw(pipe, given), x.clamp(-1, 1))
 
 

@@ -202,7 +202,7 @@ def test_packed_weights_are_what_was_trained(killed, tmp_path):
     for name in ("unet", "conditioner"):
         for a, b in zip(getattr(pipe, name).parameters(), getattr(trained, name).parameters(), strict=True):
             assert a.dtype == torch.float32 and torch.equal(a, b.half().float())
-    assert all(torch.equal(a, b) for a, b in zip(pipe.recogniser.state_dict().values(), trained.recogniser.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b.half().float() if b.is_floating_point() else b) for a, b in zip(pipe.recogniser.state_dict().values(), trained.recogniser.state_dict().values(), strict=True))
     assert torch.equal(load_file(tmp_path / "centres.safetensors")["centres"], centres.half())
     assert torch.allclose(pipe.scheduler.alphas_cumprod, trained.scheduler.alphas_cumprod)
     assert not any(str(killed[0]) in path.read_text() for path in tmp_path.rglob("*.json"))  # no path of the machine that packed it

@@ -158,7 +158,7 @@ def generate_command(
     oversample: Annotated[Optional[int], typer.Option(min=0, help="copies of the inquiry image added to its subject; default: 5, of embeddings none")] = None,
     steps: Annotated[int, typer.Option(min=1, help="steps of the sampler")] = 20,
     sampler: Annotated[Literal["DDIM", "DPM-Solver++", "UniPC"], typer.Option(case_sensitive=False, help="how the steps are taken; DDIM is the paper's")] = "DDIM",
-    precision: Annotated[Literal["auto", "no", "bf16"], typer.Option(help="of the UNet; auto: what this machine is faster in")] = "auto",
+    precision: Annotated[Optional[Literal["auto", "no", "bf16"]], typer.Option(help="of the UNet; auto: what this machine is faster in; default: bf16 with CUDA, else no")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the UNet")] = False,
     batch_size: BatchSizeOption = 64,
     form: Annotated[Literal["folder", "records"], typer.Option(help="image files, one folder per subject, or InsightFace record files")] = "folder",
