@@ -6,12 +6,12 @@ from cemiface.generation.diffusion import SAMPLERS
 from cemiface.data.faceset import to_float
 from cemiface.generation.conditioning import identity_embedding
 from cemiface.generation.shipped import shipped_pipeline
-from cemiface.world.faces import world_faces
+from cemiface.world.worlds import draw_world
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    pipe, faces = shipped_pipeline(), to_float(world_faces("webface_1shot", 32, 1, 32, first=30_000).images)
+    pipe, faces = shipped_pipeline(), to_float(draw_world("webface_1shot", 32, 1, 64, first=30_000).images)
     pipe.set_progress_bar_config(disable=True)
     return pipe, faces, identity_embedding(pipe.recogniser, faces, None)
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.files import write_whole
 from ..core.machine import default_device, machine
-from ..world.faces import world_faces
+from ..world.worlds import draw_world
 from ..data.faceset import FaceSet, open_faces, to_float
 from ..recognition.training import fresh_backbone
 from ..generation.diffusion import ddim_scheduler, denoise, image_size, SAMPLERS
@@ -133,9 +133,9 @@ def bench_steps(
     "The shipped generator with one sampler: what it achieves, and what it costs."
     pipe, n = shipped_pipeline().to(default_device()), inquiries * len(ms)
     size, judge = image_size(pipe.unet), lambda x: identity_embedding(pipe.recogniser, x, None).float().cpu()
-    real = judge(to_float(world_faces("casia", n, 1, size, first=20_000).images))
-    if sampler == "rendered": return dict(sampler=sampler, frechet=round(frechet_distance(judge(to_float(world_faces("casia", n, 1, size, first=30_000).images)), real), 4))
-    faces = to_float(world_faces("webface_1shot", inquiries, 1, size, first=10_000).images)
+    real = judge(to_float(draw_world("casia", n, 1, size, first=20_000).images))
+    if sampler == "rendered": return dict(sampler=sampler, frechet=round(frechet_distance(judge(to_float(draw_world("casia", n, 1, size, first=30_000).images)), real), 4))
+    faces = to_float(draw_world("webface_1shot", inquiries, 1, size, first=10_000).images)
     pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
     emb = sample_embeddings(pipe, faces, ms, steps, progress=False)["E_id"]
     cos = dict(zip((f"cos at m={m:g}" for m in ms), (emb * judge(faces)).sum(-1).mean(1).tolist()))

@@ -27,8 +27,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..world import faces as procfaces
 from ..core.files import write_whole
+from ..world.camera import TEMPLATE
 from .images import encode_image, list_folder, read_image
 
 # %% ../../nbs/data/06_alignment.ipynb #7db006a0
@@ -36,7 +36,7 @@ def arcface_template(
     size:int=112, # pixels a side of the crop
 )->Tensor: # float64 [5,2], (x, y) in pixels
     "Where ArcFace's code puts left eye, right eye, nose tip and mouth corners."
-    return (procfaces.HALF_FRAME_TEMPLATE.double()*torch.tensor([1., -1.])+1)*size/2
+    return TEMPLATE.double()*size
 
 # %% ../../nbs/data/06_alignment.ipynb #abd44aed
 def similarity_transform(

@@ -19,7 +19,7 @@ import torch
 
 from ..core.files import write_whole
 from ..core.machine import default_device
-from ..world.faces import world_faces
+from ..world.worlds import draw_world
 from ..data.faceset import FaceSet, open_faces, Picked
 from ..recognition.backbones import forward_flops
 from ..recognition.groups import cos_to_centre, similarity_groups
@@ -66,7 +66,7 @@ class Inquiries(Task):
     "One face each of new subjects, chosen so that every two have a cosine below a threshold (0.3 in the paper)."
     _exclude_from_cls_uid = ("source",)
     recogniser: TrainedRecogniser = Field(description="E_id, whose embeddings are kept")
-    world: str = Field(description="procedural world, or name of the user's set, of which one image per subject is used")
+    world: str = Field(description="rendered world, or name of the user's set, of which one image per subject is used")
     count: int = Field(description="inquiries wanted")
     candidates: int = Field(description="faces to choose from")
     size: int = Field(description="pixels")
@@ -81,7 +81,7 @@ class Inquiries(Task):
     def work(self): return ("render", self.candidates) if self.source is None else ("embed", self.candidates * (2 if self.filter else 1))
 
     def images(self): # of all candidates
-        if self.source is None: return world_faces(self.world, self.candidates, 1, self.size, device=default_device()).images
+        if self.source is None: return draw_world(self.world, self.candidates, 1, self.size, device=default_device()).images
         return stored_faces(first_of_each(open_images(Path(self.source)), self.candidates), self.size, self.world).images
 
     def make(self):

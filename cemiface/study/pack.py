@@ -15,7 +15,7 @@ import torch
 
 from ..core.files import write_whole
 from ..core.machine import default_device, device_name
-from ..world.faces import world_faces
+from ..world.worlds import draw_world
 from ..data.faceset import to_float
 from ..generation.calibration import calibrate
 from ..generation.dcface import DCFacePipeline, StyleBank
@@ -40,7 +40,7 @@ def calibrate_shipped(
     people:int=100,
 )->None:
     "Curves of every sampler, under E_id and a recogniser of other weights, over faces that neither has seen."
-    faces = to_float(world_faces("webface_1shot", people, 1, study.profile.size, first=10_000, device=default_device()).images)
+    faces = to_float(draw_world("webface_1shot", people, 1, study.profile.size, first=10_000, device=default_device()).images)
     usual, second = pipe.scheduler, study.real_training().load()
     for name, steps in CALIBRATED.items():
         pipe.scheduler = SAMPLERS[name].from_config(usual.config)
