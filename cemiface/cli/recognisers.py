@@ -16,7 +16,7 @@ import typer
 
 from .options import (BatchSizeOption, change_settings, ChannelsOption, check_tracker, claim, DeviceOption,
                                   FacesOption, ListSettingsOption, named_path, one_line_errors, open_named,
-                                  open_recogniser, OutOption, PerSubjectOption, pick_device, PrecisionOption,
+                                  open_recogniser, OutOption, PerSubjectOption, PrecisionOption,
                                   RecogniserOption, SeedOption, settings_list, SettingsOption, StrictOption,
                                   SubjectsOption, TrackerOption)
 
