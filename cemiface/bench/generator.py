@@ -174,7 +174,7 @@ def generator_parts(
     walks = [("rendered", 0), *(("DDIM", n) for n in (5, 10, 20, 50)), *((s, n) for s in ("DPM-Solver++", "UniPC") for n in (5, 10))]
     trained = [*(("DDIM", n) for n in (5, 10, 20)), *(("DPM-Solver++", n) for n in (5, 10)), ("UniPC", 10)]
     return dict(sampling=[(bench_sampling, dict(name=n, precision=p, channels_last=c, compile=k, **some)) for n in configurations for p, c, k in ways],
-                training=[(bench_generator_training, dict(name=n, precision=p, compile=k, **some)) for n in configurations for k in [False] + [True] * (compile and default_device() == "cuda") for p in each],
+                training=[(bench_generator_training, dict(name=n, precision=p, compile=k, **some)) for n in configurations for k in [False] + [True] * compile for p in each],
                 steps=[(bench_steps, dict(sampler=s, steps=n)) for s, n in walks],
                 accuracy=[(bench_accuracy, dict(sampler=s, steps=n)) for s, n in trained])
 

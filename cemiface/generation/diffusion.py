@@ -90,11 +90,12 @@ def predict(
 def noise_weight(
     alpha_bar:Tensor, # [B] of each image's time step
     prediction:str,   # what the network puts out
-    most:float=5.,    # weight of an error of the image
+    most:float=5.,    # of r, the ratio of signal to noise
 )->Tensor: # [B]
-    "Weight of an image's error of noise in L_MSE: 1, but for networks that predict the image no more than `most` in its units."
+    "Weight of the error of the noise in L_MSE: 1, but for networks that predict the image, whose error counts r + 1 times."
     if prediction!="sample": return torch.ones_like(alpha_bar)
-    return (most*(1-alpha_bar)/alpha_bar).clamp(max=1)
+    r = alpha_bar/(1-alpha_bar)
+    return (r.clamp(max=most)+1)/r
 
 # %% ../../nbs/generation/01_diffusion.ipynb #fd1d033b
 def ddim_scheduler(snr_scale:float=1., # of the training, see `noise_scheduler`
