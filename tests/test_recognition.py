@@ -59,7 +59,7 @@ def slowly(seconds, **kwargs):
 
 def stopped(lookups, config, out):
     faces = patterns()
-    faces.images = Images(faces.images, lookups)
+    faces.images = Images(faces.images, 1 + lookups) # one tells the set
     with pytest.raises(Stop): train(config, faces, out=out, save_seconds=0.)
 
 

@@ -77,7 +77,7 @@ def test_two_processes_are_as_one(two, tmp_path, k):
 def test_each_process_reads_its_own_part(two):
     for rank, embedded in ((0, 13), (1, 12)):
         reads = json.loads((two/f"reads_{rank}.json").read_text())
-        assert reads["plain"] == [embedded]+[4]*(6 if rank else 8) # rank 0 reads four faces for each of two sample grids
+        assert reads["plain"] == [25, embedded]+[4]*(6 if rank else 8) # all of them tell the set; rank 0 reads four faces for each of two sample grids
 
 
 def test_a_batch_that_does_not_split_is_named_by_both(two):

@@ -61,7 +61,7 @@ def train_generator_command(
 ):
     """Train the diffusion model with similarity matching (Algorithm 1), or the baseline DCFace.
 
-    If it is stopped, the same command goes on from there. On several GPUs: accelerate launch -m cemiface train-generator ...
+    If it is stopped, the same command goes on from there, unless faces, recogniser or --init have changed. On several GPUs: accelerate launch -m cemiface train-generator ...
 
     Example: cemiface train-generator --data my_faces --recogniser my_recogniser --out my_generator --preset laptop
 

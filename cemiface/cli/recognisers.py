@@ -61,7 +61,7 @@ def train_recogniser_command(
 ):
     """Train a face recogniser with the paper's settings (Section 4.1), or ArcFace's or AdaFace's.
 
-    The result holds the model, its class centres, history.csv and history.png. If it is stopped, the same command goes on from there. On several GPUs: accelerate launch -m cemiface train-recogniser ...
+    The result holds the model, its class centres, history.csv and history.png. If it is stopped, the same command goes on from there, unless the faces or benchmarks have changed. On several GPUs: accelerate launch -m cemiface train-recogniser ...
 
     Example: cemiface train-recogniser --data my_set --benchmarks lfw.bin,cfp_fp.bin --out my_recogniser
 
@@ -73,6 +73,7 @@ def train_recogniser_command(
     matplotlib.use("Agg")
     from cemiface.core.figures import save_figure
     from cemiface.core.settings import changed
+    from cemiface.data.pairs import pairs_fingerprint
     from cemiface.recognition.training import last_and_best, plot_history, RECIPES, train_recogniser
     from cemiface.recognition.verification import evaluate
     asked = dict(size=size, epochs=epochs, batch_size=batch_size, lr=lr, precision=precision, seed=seed)
@@ -85,7 +86,7 @@ def train_recogniser_command(
     faces = open_named(data, size, subjects, per_subject, seed, min_per_subject, strict)
     batch = batch_size or min(512, max(8, len(faces) // 20), len(faces)) // world * world
     config = type(config).model_validate(config.model_dump() | dict(batch_size=batch, lr=config.lr * batch / 512 if lr is None else lr))
-    claim(out, "train-recogniser", data=named_path(data), images=len(faces), subjects=faces.n_subjects, benchmarks=benchmarks, **config.model_dump())
+    claim(out, "train-recogniser", {f"--benchmarks {p.name}": pairs_fingerprint(p) for p in pair_sets}, data=named_path(data), images=len(faces), subjects=faces.n_subjects, benchmarks=benchmarks, **config.model_dump())
     def accuracies(model): return evaluate(model, pair_sets, precision=config.precision)["accuracy"].to_dict() # set -> percent, and AVG
     trained = train_recogniser(faces, config, out, accuracies if pair_sets else None, log_with=log_with)
     if int(os.environ.get("RANK", 0)): return # one of several processes speaks

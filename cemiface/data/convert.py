@@ -16,9 +16,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.files import write_whole
+from ..core.fingerprints import check_unchanged
 from .images import decode_image, encode_image, images_in
 from .recordio import part_of, RecordWriter
-from .records import Encoded, open_encoded, write_list
+from .records import Encoded, files_of, open_encoded, set_fingerprint, write_list
 
 # %% ../../nbs/data/04_convert.ipynb #8f03bb99
 def suffix_of(
@@ -85,15 +86,18 @@ def open_writer(
     to:str,        # "records" or "folder"
     size:int|None, # pixels a side
 ):
-    "The writer of a set, going on from a beginning of the same conversion. ValueError if there is the beginning of another one."
+    "The writer of a set, going on from a beginning of the same conversion. ValueError if there is the beginning of another one, or of a set that has changed."
     note = out.with_name(f".{out.name}.part")/".from"
-    what = json.dumps([str(encoded.store.path.resolve()), len(encoded), zlib.crc32(encoded.rows.tobytes()), zlib.crc32(encoded.labels.numpy().tobytes()), to, size]).encode()
-    if note.exists() and note.read_bytes() != what:
-        raise ValueError(f"{note.parent} is the beginning of another conversion: give the same arguments again, or remove it")
+    what = json.dumps([str(encoded.store.path.resolve()), len(encoded), zlib.crc32(encoded.rows.tobytes()), zlib.crc32(encoded.labels.numpy().tobytes()), to, size])
+    fingerprint = set_fingerprint(encoded)
+    if note.exists():
+        theirs, _, known = note.read_text().partition("\n")
+        if theirs != what: raise ValueError(f"{note.parent} is the beginning of another conversion: give the same arguments again, or remove it")
+        check_unchanged(f"the images or labels of {encoded.name}", fingerprint, known or None, note, files_of(encoded))
     plain = encoded.subjects == [str(k) for k in range(len(encoded.subjects))]
     if to == "folder": writer = FolderWriter(out, encoded.subjects, note.exists())
     else: writer = RecordWriter(out, None if plain else encoded.subjects, size or side_of(encoded), note.exists())
-    write_whole(note, what)
+    write_whole(note, f"{what}\n{fingerprint}".encode())
     return writer
 
 # %% ../../nbs/data/04_convert.ipynb #1f41748c

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'AUGMENT_DRAWS', 'to_float', 'to_uint8', 'FaceSet', 'Picked', 'EncodedImages', 'decode_all', 'choose',
-           'open_stored', 'open_world', 'open_faces', 'epoch_order', 'lookups', 'batches', 'crop_weights', 'flip_crop',
-           'constant', 'turn_hue', 'jitter', 'erase', 'augment']
+           'open_stored', 'open_world', 'open_faces', 'epoch_order', 'lookups', 'batches', 'faces_fingerprint',
+           'crop_weights', 'flip_crop', 'constant', 'turn_hue', 'jitter', 'erase', 'augment']
 
 # %% ../../nbs/data/08_faceset.ipynb #e0f9bf3b
+import json
 import math
 import os
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..core.fingerprints import fingerprint_of
 from ..core.machine import default_device
 from ..world.people import PRESETS
 from ..world.worlds import draw_world
 from .images import MIN_SIDE, decode_image
-from .records import Encoded, open_encoded
+from .records import Encoded, open_encoded, set_fingerprint
 
 # %% ../../nbs/data/08_faceset.ipynb #a421a0ae
 def to_float(
@@ -274,6 +277,13 @@ def batches(
         raise ValueError(f"{faces.name} has {len(faces)} images, not one batch of {batch_size}: lower batch_size, or use drop_last=False")
     chosen = [i[part] for i in epoch_order(len(faces), seed, epoch).split(batch_size)[start:] if len(i) == batch_size or not drop_last]
     for images, i in zip(lookups(faces.images, chosen), chosen): yield images, faces.labels[i], i
+
+# %% ../../nbs/data/08_faceset.ipynb #f1a90022
+def faces_fingerprint(faces:FaceSet)->str: # 12 hex digits
+    "A hash of images, labels and names: of a stored set the images as stored, else their pixels, looked up 256 at a time."
+    if faces.encoded is not None: return set_fingerprint(faces.encoded)
+    pixels = lookups(faces.images, torch.arange(len(faces)).split(256))
+    return fingerprint_of(chain([faces.labels.numpy(), json.dumps(faces.subjects).encode()], (x.cpu().numpy() for x in pixels)))
 
 # %% ../../nbs/data/08_faceset.ipynb #4b627002
 def crop_weights(

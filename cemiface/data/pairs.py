@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_STEPS', 'read_plain_pickle', 'PairSet', 'pair_set', 'is_pairs', 'open_pairs', 'write_bin', 'write_pairs_folder',
-           'convert_pairs', 'PairImages', 'damaged_pairs', 'without_damaged']
+           'convert_pairs', 'pairs_fingerprint', 'PairImages', 'damaged_pairs', 'without_damaged']
 
 # %% ../../nbs/data/05_pairs.ipynb #2989dfaf
 import codecs
@@ -27,6 +27,7 @@ from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
 from ..core.files import write_whole
+from ..core.fingerprints import fingerprint_of
 from .images import SUFFIXES, decode_image
 from .recordio import part_of
 
@@ -330,6 +331,11 @@ def convert_pairs(
     if packed: write_bin(target, pairs.encoded(), pairs.issame.tolist())
     else: write_pairs_folder(target, pairs, progress)
     return pairs
+
+# %% ../../nbs/data/05_pairs.ipynb #f1a90012
+def pairs_fingerprint(pairs:PairSet)->str: # 12 hex digits
+    "A hash of every image and label."
+    return fingerprint_of([pairs.index.numpy(), pairs.issame.numpy(), *pairs.images])
 
 # %% ../../nbs/data/05_pairs.ipynb #95468400
 class PairImages:

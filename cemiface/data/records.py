@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'LIST_SUFFIXES', 'LISTS', 'Files', 'Encoded', 'dense', 'columns', 'plain', 'read_list', 'find_record',
-           'find_list', 'open_record', 'open_list', 'name_of', 'open_encoded', 'write_list']
+           'find_list', 'open_record', 'open_list', 'name_of', 'open_encoded', 'write_list', 'files_of',
+           'set_fingerprint']
 
 # %% ../../nbs/data/03_records.ipynb #9fd324de
 import csv
+import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..core.files import write_whole
+from ..core.fingerprints import fingerprint_of, remembered
 from .images import SUFFIXES, list_folder, natural_key
 from .recordio import RecordFile
 
@@ -228,3 +232,24 @@ def write_list(
     if path.suffix.lower() not in LIST_SUFFIXES: raise ValueError(f"{path}: the name of a list ends in {' '.join(LIST_SUFFIXES)}: choose another one")
     if path.exists() and not (path.is_file() and path.read_bytes() == data): raise FileExistsError(f"{path} exists and holds something else: choose another name, or remove it")
     return write_whole(path, data)
+
+# %% ../../nbs/data/03_records.ipynb #f1a90002
+def files_of(
+    encoded:Encoded|None, # None: a set in memory
+)->list[str]: # absolute paths
+    "The files that the images of a set lie in."
+    if encoded is None: return []
+    root = os.path.abspath(encoded.store.path)
+    return [os.path.join(root, encoded.store.paths[i]) for i in encoded.rows.tolist()] if isinstance(encoded.store, Files) else [root]
+
+def set_fingerprint(encoded:Encoded)->str: # 12 hex digits
+    "A hash of every image, labels and names; a large set whose files have kept sizes and times is not read again. An image that cannot be read counts as empty."
+    about = [encoded.labels.numpy(), json.dumps(encoded.subjects).encode()]
+    def image(i):
+        try: return encoded.read(i)
+        except (ValueError, OSError): return b""
+    def content()->Iterator[bytes]:
+        yield from about
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(encoded), 1024): yield from pool.map(image, range(start, min(start+1024, len(encoded))))
+    return remembered(files_of(encoded), fingerprint_of([*about, encoded.rows]), lambda: fingerprint_of(content()))

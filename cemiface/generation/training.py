@@ -10,6 +10,7 @@ __all__ = ['BANDS', 'SAMPLE_MS', 'Denoiser', 'layout', 'ready', 'step_generator'
 
 # %% ../../nbs/generation/04_training.ipynb #8eac2585
 import json, time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from tqdm.auto import tqdm
 
 from ..core.files import write_whole
 from ..core.figures import figure_style
+from ..core.fingerprints import check_unchanged, weights_fingerprint
 from ..data.images import encode_image
-from ..data.faceset import batches, FaceSet, lookups, to_float, to_uint8
+from ..data.faceset import batches, faces_fingerprint, FaceSet, lookups, to_float, to_uint8
+from ..data.records import files_of
 from ..recognition.training import check_same_start, fresh_accelerator, to_device
 from ..recognition.groups import class_centres
 from .diffusion import ddim_scheduler, denoise, eps_from_output, noise_scheduler, noise_weight, predict, x0_from_eps
@@ -164,7 +167,7 @@ def save_generator_state(
     denoiser:Denoiser,
     optimizer:torch.optim.Optimizer,
     ema:EMAModel,
-    about:dict, # step, settings, log
+    about:dict, # step, settings, content, log
 )->Path:
     "All that the next step depends on, in one safetensors file."
     tensors = {f"model.{k}": v for k, v in denoiser.state_dict().items()}
@@ -182,6 +185,8 @@ def load_generator_state(
     ema:EMAModel,
     settings:dict, # must be those of the saved run
     defaults:dict, # what a setting was that the state does not know
+    content:dict, # fingerprint of what went in, by what it is
+    files:Sequence[str], # where its images lie
 )->tuple[int, list[dict]]: # step to go on with, rows of the log
     "Put a state back. ValueError where the file is damaged or belongs to another run."
     try:
@@ -192,6 +197,9 @@ def load_generator_state(
     differ = sorted(k for k in settings | about["settings"] if settings.get(k)!=was.get(k))
     if differ:
         raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): delete it, or choose another folder")
+    known = about.get("content", {})
+    for what, fingerprint in content.items():
+        check_unchanged(what, fingerprint, known.get(what), path, files if "images" in what else ())
     denoiser.load_state_dict({k[6:]: v for k, v in t.items() if k.startswith("model.")})
     for i, p in enumerate(ema.shadow_params): p.copy_(t[f"ema.{i}"])
     ema.optimization_step = about["step"]
@@ -318,7 +326,7 @@ def train_generator(
     method:type=SimMat,         # what a step draws, is told and is asked for
     log_with:Any=None,          # trackers of the rows of log.csv, as accelerate takes them: "tensorboard", "wandb", a `GeneralTracker`, or a list of these
 )->tuple[UNet2DConditionModel, Conditioner]: # moving averages, on the CPU
-    "Algorithm 1. The same call goes on where an interrupted one stopped. ValueError for misfits and for a loss that is no number."
+    "Algorithm 1. The same call goes on where an interrupted one stopped. ValueError for misfits, for a state of other settings or content, and for a loss that is no number."
     if faces.size!=generator.size:
         raise ValueError(f"{faces.name} has {faces.size} px, the generator {generator.size} px: open the faces at size={generator.size}")
     if config.sample_every and not hasattr(method, "sample"):
@@ -338,12 +346,14 @@ def train_generator(
     params = list(denoiser.parameters())
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     ema = EMAModel(params, decay=config.ema_max, use_ema_warmup=True, power=config.ema_power, foreach=True)
+    content = {f"the images or labels of {faces.name}": faces_fingerprint(faces), "the recogniser": weights_fingerprint(recogniser),
+               "the UNet to start from": weights_fingerprint(unet) if init else "none"}
     settings = dict(generator=generator.model_dump(mode="json"), faces=[faces.name, len(faces)]) | {
         k: v for k, v in config.model_dump(mode="json").items() if k not in PACE}
     first, log, state = 0, [], out/"state.safetensors"
     if state.exists():
         first, log = load_generator_state(state, denoiser, optimizer, ema, settings,
-                                          type(config)().model_dump(mode="json"))
+                                          type(config)().model_dump(mode="json"), content, files_of(faces.encoded))
     check_same_start(acc, first, out)
     if first>=config.steps and (out/"unet").is_dir(): return load_generator(out, method.conditioner)
     with acc.autocast(): task = method(faces, recogniser, config, device, progress and main)
@@ -387,7 +397,7 @@ def train_generator(
         bar.set_postfix(mse=f"{means[0]:.4f}", **{method.name: f"{means[1]:.3f}"}, slope=f"{log[-1]['slope_3']:.2f}")
         if main and (now-saved_at>=config.save_every or step+1==config.steps):
             write_whole(out/"log.csv", pd.DataFrame(log).to_csv(index=False).encode())
-            save_generator_state(state, denoiser, optimizer, ema, dict(step=step+1, settings=settings, log=log))
+            save_generator_state(state, denoiser, optimizer, ema, dict(step=step+1, settings=settings, content=content, log=log))
             saved_at = time.monotonic()
         logged_at, sums, bands = time.monotonic(), torch.zeros_like(sums), torch.zeros_like(bands)
     bar.close(); acc.wait_for_everyone()

@@ -16,7 +16,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +37,10 @@ from tqdm.auto import tqdm
 
 from ..core.files import write_whole
 from ..core.figures import figure_style
+from ..core.fingerprints import check_unchanged
 from ..core.machine import chosen_precision, default_device
-from ..data.faceset import AUGMENT_DRAWS, FaceSet, augment, batches, lookups, to_float
+from ..data.faceset import AUGMENT_DRAWS, FaceSet, augment, batches, faces_fingerprint, lookups, to_float
+from ..data.records import files_of
 from .backbones import BACKBONES, IResNet, backbone, folded
 from .margins import MARGINS, correct, margin_head
 
@@ -130,21 +132,24 @@ def describe(
     faces:FaceSet, # the images
     config:RecogniserConfig, # the settings
 )->dict: # plain values
-    "What a training is of: its settings and its images."
-    return {"config": config.model_dump(mode="json"), "faces": {"name": faces.name, "images": len(faces), "subjects": faces.n_subjects}}
+    "What a training is of: its settings and its images, by their content."
+    about = {"name": faces.name, "images": len(faces), "subjects": faces.n_subjects, "fingerprint": faces_fingerprint(faces)}
+    return {"config": config.model_dump(mode="json"), "faces": about}
 
 # %% ../../nbs/recognition/03_training.ipynb #68e86084
 def check_same(
     ours:dict, # this run
     theirs:dict, # the run on disk
-    where:Path, # its folder
+    note:Path, # the file in its folder that says so
+    files:Sequence[str]=(), # where our images lie
 ):
     "ValueError that names the first difference, if there is one."
     for part in ours:
+        known = (RecogniserConfig().model_dump(mode="json") if part == "config" else {}) | (theirs.get(part) or {})
         for key, value in ours[part].items():
-            known = (RecogniserConfig().model_dump(mode="json") if part == "config" else {}) | (theirs.get(part) or {})
-            if (old := known.get(key)) != value:
-                raise ValueError(f"{where} holds a training with {part} {key}={old!r}, not {value!r}: choose another folder or delete this one")
+            if key == "fingerprint": check_unchanged(f"the images or labels of {ours[part]['name']}", value, known.get(key), note, files)
+            elif (old := known.get(key)) != value:
+                raise ValueError(f"{note.parent} holds a training with {part} {key}={old!r}, not {value!r}: choose another folder or delete this one")
 
 # %% ../../nbs/recognition/03_training.ipynb #5396e02c
 def save_recogniser_state(
@@ -160,12 +165,13 @@ def save_recogniser_state(
 def load_recogniser_state(
     path:Path, # out/state.pt
     run:dict, # from `describe`
+    files:Sequence[str]=(), # where its images lie
 )->dict|None: # None: there is none
     "Read a state; no code in the file is run. ValueError if it is damaged or belongs to another training."
     if not path.exists(): return None
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise ValueError(f"{path} is damaged ({type(e).__name__}): delete it to train from the start") from e
-    check_same(run, state["run"], path.parent)
+    check_same(run, state["run"], path, files)
     return state
 
 # %% ../../nbs/recognition/03_training.ipynb #45bc2ed5
@@ -363,10 +369,10 @@ def train_recogniser(
     log_steps:int=20, # steps between two entries in the trackers
 )->Trained: # on the device it was trained on
     """Train a recogniser from scratch (Section 4.1). With `out`, a stopped training goes on where it was, and a finished one is loaded.
-    ValueError if the images do not fit or `out` holds another training, FloatingPointError if the loss stops being finite."""
-    out, run = out and Path(out), describe(faces, config)
-    if out and (out / "recogniser.json").exists():
-        check_same(run, json.loads((out / "recogniser.json").read_text()), out)
+    ValueError if the images do not fit or `out` holds a training of other settings or images, FloatingPointError if the loss stops being finite."""
+    out, run, files = out and Path(out), out and describe(faces, config), files_of(faces.encoded)
+    if out and (note := out / "recogniser.json").exists():
+        check_same(run, json.loads(note.read_text()), note, files)
         trained = load_recogniser(out)
         trained.model.to(fresh_accelerator(config.precision).device)
         return trained
@@ -384,7 +390,7 @@ def train_recogniser(
     optimizer = torch.optim.SGD(weight_groups(net, head, config), config.lr, config.momentum)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     history, first_epoch, first_batch, sums, seconds, steps = [], 0, 0, torch.zeros(2), 0., len(faces) // config.batch_size
-    if out and (state := load_recogniser_state(out / "state.pt", run)):
+    if out and (state := load_recogniser_state(out / "state.pt", run, files)):
         net.load_state_dict(state["net"]), head.load_state_dict(state["head"]), optimizer.load_state_dict(state["optimizer"])
         history, first_epoch, first_batch, sums, seconds = (state[k] for k in ("history", "epoch", "batch", "sums", "seconds"))
     check_same_start(accelerator, first_epoch * steps + first_batch, out)
