@@ -1,4 +1,4 @@
 "The command line as a module: `python -m cemiface`, `accelerate launch -m cemiface`."
-from cemiface.cli.app import app
+from cemiface.cli.app import main
 
-app()
+main()

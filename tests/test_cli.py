@@ -511,16 +511,84 @@ def test_output_in_use(folder, tmp_path):
 
 
 def test_read_only_output(folder):
-    assert len(error(1, "train-recogniser", "--data", folder, "--out", "/proc/cemiface", *TINY)) > len("cemiface train-recogniser: ")
+    assert len(error(3, "train-recogniser", "--data", folder, "--out", "/proc/cemiface", *TINY)) > len("cemiface train-recogniser: ")
 
 
 def test_full_disk(folder, tmp_path, monkeypatch):
     def full(path, data): raise OSError(28, f"could not write {path} (No space left on device): free some space")
     monkeypatch.setattr("cemiface.core.files.write_whole", full)
-    assert "No space left" in error(1, "train-recogniser", "--data", folder, "--out", tmp_path / "out", *TINY)
+    assert "No space left" in error(3, "train-recogniser", "--data", folder, "--out", tmp_path / "out", *TINY)
 
 
 def test_debug_shows_the_traceback(monkeypatch, tmp_path):
     monkeypatch.setenv("CEMIFACE_DEBUG", "1")
     answer = run("generate", "--inquiry", "proc:ddpm", "--m", "2", "--out", tmp_path / "out")
     assert isinstance(answer.exception, ValueError)
+
+
+def paths_of(command, path=()):
+    "The words of every command."
+    yield path
+    for name, below in getattr(command, "commands", {}).items(): yield from paths_of(below, (*path, name))
+
+
+SCREEN = """
+import io, sys
+from cemiface.cli import app
+sys.stdout = io.TextIOWrapper(io.BytesIO(), sys.argv[1])
+for line in sys.argv[2].splitlines():
+    sys.argv = ["cemiface", *line.split(), "--help"]
+    try: app.main()
+    except SystemExit as e: assert not e.code, line
+sys.stderr.buffer.write(sys.stdout.buffer.getvalue())
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251", "utf-8"])
+def test_every_help_on_a_screen_that_is_not_utf8(encoding):
+    words = "\n".join(" ".join(path) for path in paths_of(get_command(app)))
+    said = subprocess.run([sys.executable, "-c", SCREEN, encoding, "\n" + words], capture_output=True, env=os.environ | dict(COLUMNS="200", NO_COLOR="1"))
+    assert said.returncode == 0, said.stderr
+    assert {"utf-8": "Fréchet"}.get(encoding, r"Fr\xe9chet") in said.stderr.decode(encoding)
+
+
+def test_main_is_asked_by_the_module_and_its_failures_have_status_3(tmp_path):
+    said = subprocess.run([sys.executable, "-m", "cemiface", "data", "lint", tmp_path / "\udce9"], capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii", CEMIFACE_DEBUG="1"))
+    assert said.returncode == 3 and b"Traceback" in said.stderr # not 1, the status of faults
+
+
+NAMES = ["Jos\u00e9", os.fsdecode(b"Jos\xe9_0"), "a$b$ x^{", "\u9673"]
+
+@pytest.fixture(scope="module")
+def odd_names(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("odd") / os.fsdecode(b"set_\xe9 $x^$")
+    for k, name in enumerate(NAMES): shutil.copytree(folder / f"person {k}", root / name)
+    (root / NAMES[1] / "bad.jpg").write_bytes(b"junk")
+    return root
+
+
+def test_names_that_are_no_text_pass_every_writer(odd_names, model, tmp_path):
+    assert r"Jos\xe9_0" in run("data", "lint", odd_names, "--out", tmp_path / "lint.csv").output and r"Jos\xe9_0" in (tmp_path / "lint.csv").read_text()
+    assert "1 were left out" in ok("data", "convert", odd_names, tmp_path / "rec")
+    ok("data", "convert", tmp_path / "rec", tmp_path / "back")
+    assert sorted(p.name for p in (tmp_path / "back").iterdir()) == sorted(NAMES)       # the names that the folders had, byte for byte
+    ok("groups", "--data", odd_names, "--recogniser", model, "--n-groups", 2, "--write", "folder", "--out", tmp_path / "groups")
+    assert set(pd.read_csv(tmp_path / "groups/images.csv").subject) == {NAMES[0], r"Jos\xe9_0", *NAMES[2:]} and os.fsdecode(b"Jos\xe9_0") in os.listdir(tmp_path / "groups/group_0")
+    assert r"Jos\\xe9_0" in error(2, "groups", "--data", odd_names, "--recogniser", model, "--n-groups", 2, "--write", "list", "--out", tmp_path / "lists")
+    assert not (tmp_path / "lists").exists()                                            # before the work, not after it
+    ok("verify", "--data", odd_names, "--recogniser", model, "--pairs", 20, "--out", tmp_path / "verified")
+    assert r"set_\xe9 $x^$" in (tmp_path / "verified/table.csv").read_text()
+
+
+def test_an_audit_of_names_that_are_no_text_has_all_its_parts(odd_names, model, tmp_path):
+    said = run("audit", odd_names, "--against", odd_names, "--recogniser", model, "--out", tmp_path / "audit")
+    assert said.exit_code in (0, 1) and "codec" not in said.output, said.output
+    page = (tmp_path / "audit/index.html").read_text("utf-8")
+    assert r"set_\xe9 $x^$" in page and page.count("data:image/png;base64,") >= 6
+    assert set(pd.read_csv(tmp_path / "audit/tables/subjects.csv").subject) == {NAMES[0], r"Jos\xe9_0", *NAMES[2:]}
+
+
+def test_an_audit_that_fails_has_not_the_status_of_a_leak(folder, model, tmp_path, monkeypatch):
+    def broken(*args, **how): raise RuntimeError("the figure cannot be drawn")
+    monkeypatch.setattr("cemiface.audit.page.plot_leakage", broken)
+    assert "cannot be drawn" in error(3, "audit", folder, "--against", folder, "--recogniser", model, "--out", tmp_path / "audit")

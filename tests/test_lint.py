@@ -1,5 +1,6 @@
 "Lint finds exactly what was planted: hostile images in every kind of set, damaged record files, random sets against plain loops."
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from cemiface.data.images import encode_image
+from cemiface.data.convert import convert
+from cemiface.data.images import encode_image, write_folder
 from cemiface.core.files import write_whole
 from cemiface.data.lint import RULES, Report, copies, label_gaps, lint, look, look_all, string_sorted
 from cemiface.data.pairs import write_bin
@@ -250,3 +252,15 @@ def test_what_is_kept_of_an_image_does_not_grow_with_it():
     data = encode_image(skin(0, 64))
     seen, wrong = look_all(lambda i: data, str, 2100)
     assert seen.nbytes == 21*2100 and not wrong and (seen["digest"] == seen["digest"][0]).all()
+
+
+def test_names_of_one_person_twice_and_names_that_are_no_text(tmp_path):
+    names = ["Jos\u00e9", "Jose\u0301", "Maria", "MARIA", "Maria ", "Stra\u00dfe", "STRASSE", os.fsdecode(b"Andr\xe9")]
+    write_folder(tmp_path/"set", torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(16)//2, subjects=names)
+    (tmp_path/"set"/"Maria"/"0.png").rename(tmp_path/"set"/"Maria"/os.fsdecode(b"\xe9.png"))
+    found = lint(tmp_path/"set").table.set_index("rule")
+    assert found["count"][["one name", "upper and lower case", "no text"]].tolist() == [2, 2, 2] and found.severity["one name"] == "error"
+    assert found.example["no text"] == r"Andr\xe9; \xe9.png" and r"'Jose\u0301' and 'Jos\xe9'" in found.example["one name"]
+    convert(tmp_path/"set", tmp_path/"rec")
+    found = lint(tmp_path/"rec").table.set_index("rule")
+    assert found["count"][["one name", "upper and lower case", "no text"]].tolist() == [2, 2, 1]      # the subjects' names alone

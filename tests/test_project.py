@@ -271,7 +271,7 @@ def test_commands_exist(settings):
     module, attribute = target.split(":")
     path = ROOT / f"{module.replace('.', '/')}.py"
     assert name == "cemiface" and path.exists()
-    assert re.search(rf"^{attribute}\s*=", path.read_text(), re.M)
+    assert re.search(rf"^def {attribute}\(", path.read_text(), re.M)
 
 
 def test_import_is_light():

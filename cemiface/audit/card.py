@@ -112,4 +112,4 @@ def write_card(out:str|Path, # a finished set
     measured = {"mean": f"{row.avg_sim:.2f} %", "standard deviation": f"{row['std']:.2f} %", "of subjects' averages": f"{row.std_subjects:.2f} %", "images measured": int(row.images), "recogniser": recogniser_name} | buckets
     save_contact_sheet(card_sheet(stored), out/"contact_sheet.png")
     text = CARD.format(head=head.to_yaml(), name=out.name, made=markdown_table(made), licence=markdown_table(notes["licence"]), measured=markdown_table(measured))
-    return write_whole(out/"README.md", text.encode())
+    return write_whole(out/"README.md", text)

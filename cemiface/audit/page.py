@@ -283,9 +283,9 @@ def write_audit(a:Audit, out:str|Path, recogniser:str)->dict[str, "Finding|str"]
     for name, f in findings.items():
         if isinstance(f, Finding): write_finding(out, name, f)
         if getattr(f, "figure", None) is not None: plt.close(f.figure)
-    if isinstance(findings["leakage"], Finding): write_whole(out/"tables"/"subjects.csv", nearest_table(a).drop(columns="row").to_csv(index=False).encode())
+    if isinstance(findings["leakage"], Finding): write_whole(out/"tables"/"subjects.csv", nearest_table(a).drop(columns="row").to_csv(index=False))
     about = {"set": f"{a.faces.name}, {_count(a.faces)}" + ("" if a.m is None else f", m = {', '.join(f'{m:g}' for m in sorted(set(a.m)))}"), "compared with": f"{a.other.name}, {_count(a.other)}",
              "real people of the leakage": f"{a.real_name}, {len(a.people)}; {a.images_each[0]} and {a.images_each[1]} images make equally reliable templates of a subject and of a person", "inquiries": a.inquiries.name if a.inquiries is not None else "none",
              "recogniser": f"{recogniser}. If the generator was trained with it, a second one is a stricter judge: a generator learns to please its own", "versions": ", ".join(f"{n} {version(n)}" for n in ("cemiface", "torch"))}
-    write_whole(out/"index.html", html_page(f"Audit of {a.faces.name}", f"{a.faces.name}, audited", "What the images are, and whether they are new people.", about, findings, {n: t for n, (t, _) in PARTS.items()}).encode())
+    write_whole(out/"index.html", html_page(f"Audit of {a.faces.name}", f"{a.faces.name}, audited", "What the images are, and whether they are new people.", about, findings, {n: t for n, (t, _) in PARTS.items()}))
     return findings

@@ -29,7 +29,7 @@ def _complain(command:str, error:BaseException):
     typer.secho(f"cemiface {command}: {text}", fg="red", err=True)
 
 def one_line_errors(name:str): # a command's words, such as "data convert"
-    "Decorator: exit status 2 for bad input, 1 for a failure, 130 for Ctrl-C; no traceback unless CEMIFACE_DEBUG is set."
+    "Decorator: exit status 2 for bad input, 3 for a failure, 130 for Ctrl-C; no traceback unless CEMIFACE_DEBUG is set."
     def decorate(command):
         @functools.wraps(command)
         def run(*args, **kwargs):
@@ -40,7 +40,7 @@ def one_line_errors(name:str): # a command's words, such as "data convert"
                 _complain(name, KeyboardInterrupt("stopped; the same command goes on from here")); raise typer.Exit(130)
             except Exception as e:
                 if os.environ.get("CEMIFACE_DEBUG"): raise
-                _complain(name, e); raise typer.Exit(2 if isinstance(e, BAD_INPUT) else 1)
+                _complain(name, e); raise typer.Exit(2 if isinstance(e, BAD_INPUT) else 3)
         return run
     return decorate
 

@@ -114,7 +114,7 @@ def write_verification(out:Path, results:dict, table):
     from cemiface.core.files import write_whole
     from cemiface.recognition.verification import plot_verification
     save_figure(plot_verification(results), out/"verification.png")
-    write_whole(out/"table.csv", table.to_csv().encode())
+    write_whole(out/"table.csv", table.to_csv())
 
 # %% ../../nbs/cli/03_recognisers.ipynb #13b905b4
 @one_line_errors("verify")
@@ -210,19 +210,21 @@ def groups_command(
     import pandas as pd
     from cemiface.core.figures import save_figure
     from cemiface.core.files import write_whole
+    from cemiface.data.records import check_cells, ids_of
     from cemiface.recognition.groups import group_table, plot_groups, subject_groups, write_groups
     from cemiface.recognition.training import embed
     network, data = open_recogniser(recogniser, device), named_path(data) # so that images.csv names files alike however the set was named
     faces = open_named(data, network.config.size, subjects, per_subject, seed, max(n_groups, min_per_subject or n_groups * (2 if write else 1)), strict)
     if write and faces.encoded is None: raise ValueError(f"--write {write}: {data} is rendered, not stored: give a set on disk")
+    if write == "list": check_cells(out, {*faces.encoded.subjects, *map(str, ids_of(faces.encoded))})
     claim(out, "groups", data=data, recogniser=str(recogniser), n_groups=n_groups, centres=centres, write=write, images=len(faces), seed=seed)
     weights = classifier_weights(recogniser, faces) if centres == "weights" else None
     cos, group = subject_groups(embed(network, faces.images, progress=True), faces.labels, weights, n_groups)
     table = group_table(cos, faces.labels, group)
     names = [faces.encoded.where(i) for i in range(len(faces))] if faces.encoded else range(len(faces))
     images = pd.DataFrame(dict(image=names, subject=[faces.subjects[i] for i in faces.labels.tolist()], cos=cos, group=group))
-    write_whole(out/"images.csv", images.to_csv(index=False).encode())
-    write_whole(out/"groups.csv", table.to_csv().encode())
+    write_whole(out/"images.csv", images.to_csv(index=False))
+    write_whole(out/"groups.csv", table.to_csv())
     save_figure(plot_groups(faces.images, cos, faces.labels, group, range(min(3, faces.n_subjects))), out/"groups.png")
     if write: write_groups(faces.encoded, group, out, write, progress=True)
     typer.echo(table.round(3).to_string())

@@ -187,7 +187,7 @@ def audit_command(
 ):
     """Audit a generated set beside real faces: what it reached, and whether its people are new.
 
-    Achieved similarity (Table 7), separation, t-SNE, Fréchet distance, and leakage, that is, whether its subjects are people of the training set. One page, index.html, with tables and figures. Exit status 1 if it leaks.
+    Achieved similarity (Table 7), separation, t-SNE, Fréchet distance, and leakage, that is, whether its subjects are people of the training set. One page, index.html, with tables and figures. Exit status 1 if it leaks, 2 for bad input, 3 if the audit itself failed.
 
     Example: cemiface audit my_set --against my_faces --recogniser my_recogniser --out my_audit
 

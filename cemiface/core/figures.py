@@ -28,9 +28,11 @@ FIGURE_STYLE = {
     "axes.grid": True, "axes.axisbelow": True, "grid.color": ".9", "grid.linewidth": .6, "image.cmap": "viridis"}
 
 @contextmanager
-def figure_style(): # context manager, also usable as a decorator
+def figure_style(
+    formulas:bool=False, # read `$m$` as a formula; else a dollar is a dollar, as the name of somebody's set may hold one
+): # context manager, also usable as a decorator
     "The look of every figure of the package, as matplotlib settings that end with the block."
-    with plt.rc_context(FIGURE_STYLE):
+    with plt.rc_context(FIGURE_STYLE | {"text.parse_math": formulas}):
         try: yield
         finally: interactive = plt.isinteractive()
     matplotlib.interactive(interactive)     # a backend that loads inside the block may have switched it on: without it a notebook shows no later figure

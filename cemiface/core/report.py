@@ -83,8 +83,8 @@ def markdown(table:pd.DataFrame)->str:
 def write_finding(out:Path, name:str, found:Finding):
     "tables/NAME.csv and .md, figures/NAME.png under `out`."
     if found.table is not None:
-        write_whole(out/"tables"/f"{name}.csv", found.table.to_csv(index=False).encode())
-        write_whole(out/"tables"/f"{name}.md", markdown(found.table).encode())
+        write_whole(out/"tables"/f"{name}.csv", found.table.to_csv(index=False))
+        write_whole(out/"tables"/f"{name}.md", markdown(found.table))
     if found.figure is not None: write_whole(out/"figures"/f"{name}.png", found.png)
 
 # %% ../../nbs/core/04_report.ipynb #434aef4f

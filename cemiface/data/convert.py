@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from tqdm.auto import tqdm
 
-from ..core.files import write_whole
+from ..core.files import readable, write_whole
 from ..core.fingerprints import check_unchanged
 from .images import decode_image, encode_image, images_in
 from .recordio import part_of, RecordWriter
@@ -109,7 +109,7 @@ def left_out(
     lines = []
     for line in path.read_text("utf-8").split("\n")[:-1] if path.exists() else []:
         if int(line.partition("\t")[0]) <= done+len(lines): lines.append(line)
-    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    write_whole(path, "".join(f"{line}\n" for line in lines))
     return lines
 
 # %% ../../nbs/data/04_convert.ipynb #12eadb99
@@ -131,7 +131,7 @@ def convert(
         try: return fitted(encoded.read(i), encoded.where(i), size), ""
         except (ValueError, OSError) as e:
             if strict: raise
-            return b"", " ".join(str(e).split())
+            return b"", readable(" ".join(str(e).split()))
     order = torch.argsort(encoded.labels, stable=True).tolist()
     with open_writer(encoded, out, to, size) as writer:
         log = writer.part/"skipped.txt"

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..core.files import readable
 from ..core.fingerprints import fingerprint_of
 from ..core.machine import default_device
 from ..world.people import PRESETS
@@ -60,6 +61,7 @@ class FaceSet:
     encoded:Encoded|None = None                            # stored sets: the images as they lie on disk
 
     def __post_init__(self):
+        self.name, self.subjects, self.skipped = readable(self.name), [*map(readable, self.subjects)], [*map(readable, self.skipped)]
         if len(self.images) != len(self.labels): raise ValueError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
         if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.subjects):
             raise ValueError(f"{self.name}: labels must lie in 0 to {len(self.subjects)-1}, one for each subject's name")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RULES', 'LARGE', 'IMAGE_FACTS', 'Report', 'report', 'first', 'warmth', 'pixels', 'look', 'look_all', 'copies',
-           'image_rules', 'label_gaps', 'string_sorted', 'record_rules', 'list_rules', 'open_as_stored', 'list_of',
-           'lint_set', 'lint_pairs', 'lint']
+           'image_rules', 'label_gaps', 'string_sorted', 'record_rules', 'list_rules', 'look_alikes', 'spelling',
+           'name_rules', 'open_as_stored', 'list_of', 'lint_set', 'lint_pairs', 'lint']
 
 # %% ../../nbs/data/07_lint.ipynb #dad96e61
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..core.files import readable
 from .images import FORMATS, decode_image, natural_key
 from .recordio import RecordFile, read_heads
 from .records import Encoded, find_list, find_record, name_of, open_encoded, read_list
@@ -42,6 +44,9 @@ RULES = {
     "label gaps": ("warning", "numbers that no image has: classes that are never seen, or images that are missing"),
     "string-sorted": ("warning", "labels follow names sorted as text (10 before 2): stored class centres may belong to others"),
     "no header": ("warning", "no header record: readers that expect one drop an image"),
+    "one name": ("error", "names that look the same, of other letters (composed and decomposed accents, spaces): one person twice; put the images into one folder"),
+    "upper and lower case": ("warning", "names that differ in nothing else: one person twice? Some file systems take them for one folder"),
+    "no text": ("warning", "names of subjects or images that are not UTF-8: they are shown as bytes, and no list can hold them; rename them"),
     "index": ("warning", "the record file was read through, since its .idx is missing or another file's: convert the set to write one"),
     "duplicate": ("warning", "the same bytes twice for one subject: counts double in training and in similarity groups"),
     "swapped channels": ("warning", "faces are bluer than red in most images: probably BGR, written as RGB"),
@@ -81,8 +86,8 @@ def report(
     findings:dict[str, tuple[int, list[str]]],# rule -> count, first examples
 )->Report:
     "What was found as a table, in the order of `RULES`."
-    rows = [(rule, severity, findings[rule][0], "; ".join(findings[rule][1]), remedy) for rule, (severity, remedy) in RULES.items() if rule in findings and findings[rule][0]]
-    return Report(name, size, pd.DataFrame(rows, columns=["rule", "severity", "count", "example", "remedy"]))
+    rows = [(rule, severity, findings[rule][0], readable("; ".join(findings[rule][1])), remedy) for rule, (severity, remedy) in RULES.items() if rule in findings and findings[rule][0]]
+    return Report(readable(name), size, pd.DataFrame(rows, columns=["rule", "severity", "count", "example", "remedy"]))
 
 def first(
     indices:np.ndarray, # of images, pairs or subjects
@@ -219,6 +224,29 @@ def list_rules(
     findings = {"label gaps": label_gaps(numbers)} if numbers.min() < 2 else {}
     return findings | ({"string-sorted": string_sorted(list(named.values()))} if len(set(named.values())) == len(named) else {})
 
+# %% ../../nbs/data/07_lint.ipynb #na7b3c02
+def look_alikes(
+    names:list[str], # all different
+    seen:Callable,   # name -> what a reader takes it for
+)->tuple[int, list[str]]: # names that are taken for one before them; the first three, each beside that one
+    "Names that nobody tells apart."
+    first_of, doubles = {}, []
+    for name in names:
+        if (before := first_of.setdefault(seen(name), name)) != name: doubles.append(f"{ascii(before)} and {ascii(name)}")
+    return len(doubles), doubles[:3]
+
+def spelling(name:str)->str: # accents composed, one kind of space
+    return " ".join(unicodedata.normalize("NFKC", name).split())
+
+def name_rules(
+    e:Encoded,
+)->dict[str, tuple[int, list[str]]]: # rule -> count, examples
+    "Subjects that are likely one person, and names that are no text."
+    files = {name for path in getattr(e.store, "paths", []) for name in path.split("/")}
+    bytes_in = sorted(name for name in {*e.subjects, *files} if readable(name) != name)
+    return {"one name": look_alikes(e.subjects, spelling), "no text": (len(bytes_in), bytes_in[:3]),
+            "upper and lower case": look_alikes(list(dict.fromkeys(map(spelling, e.subjects))), str.casefold)}
+
 # %% ../../nbs/data/07_lint.ipynb #ccd77f0d
 def open_as_stored(
     source:str|Path, # as for `open_encoded`
@@ -265,6 +293,7 @@ def lint_set(
         idx = str(e.store.path.with_suffix(".idx"))
         findings |= record_rules(e, named is not None) | {"index": (len(says := [s for s in messages if s.startswith(idx)]), says)}
     if named: findings |= list_rules(named)
+    findings |= name_rules(e)
     return report(e.name, f"{len(e)} images of {len(e.subjects)} subjects", findings)
 
 # %% ../../nbs/data/07_lint.ipynb #131e5a8b

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
-from ..core.files import write_whole
+from ..core.files import readable, write_whole
 from ..core.fingerprints import fingerprint_of
 from .images import SUFFIXES, decode_image
 from .recordio import part_of
@@ -275,7 +275,7 @@ def open_pairs(
 )->PairSet:
     "Open verification pairs. Nothing in the file is run. ValueError or OSError names the file, what is wrong with it and what to do."
     path = Path(source)
-    name = path.stem if path.is_file() else path.name
+    name = readable(path.stem if path.is_file() else path.name)
     if path.is_dir():
         lists = [p for s in _LISTS if (p := path / f"pairs{s}").is_file()]
         if not lists: raise FileNotFoundError(f"{path} holds no pairs.txt or pairs.csv: give a .bin file, or a folder with a list of its pairs")

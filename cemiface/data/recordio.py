@@ -263,7 +263,7 @@ class RecordWriter:
         self.f.flush(); os.fsync(self.f.fileno()); self.f.close()
         write_whole(self.part/"train.idx", "".join(f"{key}\t{at}\n" for key, at in enumerate(self.offsets)).encode())
         write_whole(self.part/"property", f"{classes},{self.size},{self.size}\n".encode())
-        if self.subjects: write_whole(self.part/"subjects.txt", "".join(f"{name}\n" for name in self.subjects).encode())
+        if self.subjects: write_whole(self.part/"subjects.txt", "".join(f"{name}\n" for name in self.subjects).encode("utf-8", "surrogateescape"))
         os.rename(self.part, self.folder)
 
     def __enter__(self): return self

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'LIST_SUFFIXES', 'LISTS', 'Files', 'Encoded', 'dense', 'columns', 'plain', 'read_list', 'find_record',
-           'find_list', 'open_record', 'open_list', 'name_of', 'open_encoded', 'write_list', 'files_of',
-           'set_fingerprint']
+           'find_list', 'open_record', 'open_list', 'name_of', 'open_encoded', 'ids_of', 'check_cells', 'write_list',
+           'files_of', 'set_fingerprint']
 
 # %% ../../nbs/data/03_records.ipynb #9fd324de
 import csv
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.files import write_whole
+from ..core.files import readable, write_whole
 from ..core.fingerprints import fingerprint_of, remembered
 from .images import SUFFIXES, list_folder, natural_key
 from .recordio import RecordFile
@@ -150,7 +150,7 @@ def open_record(
     skipped = store.skipped+[f"{store.where(i)}: label {labels[i]:g} is no subject's number" for i in np.flatnonzero(~good)]
     if not good.any(): raise ValueError(f"{skipped[-1]}, nor is any other: put a list file with path and label beside it")
     values, inverse = np.unique(labels[good].astype(np.int64), return_inverse=True)
-    subjects = names.read_text("utf-8").split("\n")[:-1] if names.exists() else []
+    subjects = names.read_text("utf-8", "surrogateescape").split("\n")[:-1] if names.exists() else []
     if len(set(subjects)) < len(subjects): raise ValueError(f"{names}: two subjects have one name: rename one of them")
     if names.exists() and values[-1] >= len(subjects): raise ValueError(f"{names}: {len(subjects)} names, but labels up to {values[-1]}: remove it, or add the names")
     if len(values) <= values[-1]: warnings.warn(f"{path}: {len(values)} subjects have labels between {values[0]} and {values[-1]}: numbered again without gaps, in this order")
@@ -213,6 +213,21 @@ def open_encoded(
     return encoded
 
 # %% ../../nbs/data/03_records.ipynb #eb45d651
+def ids_of(
+    encoded:Encoded,
+)->list: # key of each image in its record file, or path below its folder
+    "How a list names the images of a set."
+    return encoded.store.keys[encoded.rows].tolist() if isinstance(encoded.store, RecordFile) else [encoded.store.paths[i] for i in encoded.rows.tolist()]
+
+def check_cells(
+    path:str|Path,       # of the list
+    cells:Iterable[str], # names of subjects, keys and paths
+)->None:
+    "ValueError for a name that a list cannot hold."
+    for cell in cells:
+        if not cell or re.search("[\t\n\r\ud800-\udfff]", cell):
+            raise ValueError(f"{path}: {readable(cell)!r}: a name in a list cannot be empty, or hold tabs, line breaks or bytes that are no text: rename it")
+
 def write_list(
     path:str|Path,            # .txt .csv .tsv .lst
     encoded:Encoded,
@@ -224,10 +239,8 @@ def write_list(
     names = [part.subjects[k] for k in part.labels.tolist()] if labels is None else [str(k) for k in labels.tolist()]
     if len(names) != len(part) or not names: raise ValueError(f"{path}: {len(part)} images but {len(names)} labels: one label an image is needed, and an image")
     if labels is not None and labels.min() < 0: raise ValueError(f"{path}: label {int(labels.min())}: labels start at 0: leave that image out")
-    ids = part.store.keys[part.rows].tolist() if isinstance(part.store, RecordFile) else [part.store.paths[i] for i in part.rows.tolist()]
-    source = os.path.relpath(part.store.path, path.parent)
-    for cell in {source, *names, *map(str, ids)}:
-        if not cell or re.search("[\t\n\r\ud800-\udfff]", cell): raise ValueError(f"{path}: {cell!r}: a name in a list cannot be empty, or hold tabs, line breaks or bytes that are no text: rename it")
+    ids, source = ids_of(part), os.path.relpath(part.store.path, path.parent)
+    check_cells(path, {source, *names, *map(str, ids)})
     data = "\n".join([f"# source: {source}", *(f"{key}\t{name}" for key, name in zip(ids, names)), ""]).encode()
     if path.suffix.lower() not in LIST_SUFFIXES: raise ValueError(f"{path}: the name of a list ends in {' '.join(LIST_SUFFIXES)}: choose another one")
     if path.exists() and not (path.is_file() and path.read_bytes() == data): raise FileExistsError(f"{path} exists and holds something else: choose another name, or remove it")

@@ -148,7 +148,7 @@ def reproduce(
     for name, f in found.items():
         if isinstance(f, Finding): write_finding(folder, name, f)
     seconds, devices = time.perf_counter() - start, sorted({s.device for s in steps} - {""}) or [device_name()]
-    write_whole(folder/"index.html", page(study, found, seconds, devices).encode())
+    write_whole(folder/"index.html", page(study, found, seconds, devices))
     say(summary(found, folder, seconds, {s.task.title: failed[uid] for s in steps if (uid := s.task.infra.uid()) in failed}))
     return found
 

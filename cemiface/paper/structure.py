@@ -297,7 +297,7 @@ def _legend(ax):
         _note(ax, 5.42, y, text, ha="left")
 
 # %% ../../nbs/paper/09_structure.ipynb #217d0112
-@figure_style()
+@figure_style(formulas=True)
 def draw_structure(s:Structure): # matplotlib figure
     "Figure 3: training above, generation below."
     p = s.profile

@@ -182,7 +182,7 @@ def write_rendered_card(
     text = RENDERED_CARD.format(head=head.to_yaml(), name=out.name, subjects=config["subjects"], per_subject=config["per_subject"],
         made="\n".join(f"- {k}: {v}" for k, v in made.items()), images=images,
         factors=table_path(out, config, "factors").name, people=table_path(out, config, "people").name, points=" five landmarks," if config["truth"] else "", truth=TRUTH_LINES if config["truth"] else "")
-    return write_whole(out/"README.md", text.encode())
+    return write_whole(out/"README.md", text)
 
 # %% ../../nbs/sets/08_rendered.ipynb #558865ca
 def noted_files(
