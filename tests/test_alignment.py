@@ -420,3 +420,65 @@ def test_the_network_is_never_used_by_two_threads_at_once(tmp_path, monkeypatch)
     source, _ = photos(tmp_path, 12)
     assert (align_folder(source, tmp_path/"out", yunet_detector(tmp_path/"yunet.onnx")).outcome == "aligned").all()
     assert len(clashes) == 12 and not any(clashes)
+
+
+# -- the frame of the landmarks, names, and which face --
+
+def sideways(root, tag, name="s/a.png", size=(160, 220)):
+    "A photo with an orientation tag, and a face where it lies upright, and as stored."
+    from PIL import ImageOps
+    upright_photo = Image.fromarray(smooth(256, tag).permute(1, 2, 0).numpy()).crop((0, 0, *size))
+    back = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}.get(tag)
+    stored, exif = upright_photo.transpose(Image.Transpose[back]) if back else upright_photo, Image.Exif()
+    exif[0x0112] = tag
+    (root/"photos"/name).parent.mkdir(parents=True, exist_ok=True)
+    stored.save(root/"photos"/name, exif=exif)
+    assert ImageOps.exif_transpose(Image.open(root/"photos"/name)).size == size
+    face, (w, h) = moved(.8, .1, 20, 30), size
+    x, y = face.T
+    there = {2: (w-1-x, y), 3: (w-1-x, h-1-y), 4: (x, h-1-y), 5: (y, x), 6: (y, w-1-x), 7: (h-1-y, w-1-x), 8: (h-1-y, x)}.get(tag, (x, y))
+    there = torch.stack(there, 1)
+    return face, there[[1, 0, 2, 4, 3]] if tag in (2, 4, 5, 7) else there
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_landmarks_of_the_stored_picture(tmp_path, tag):
+    face, there = sideways(tmp_path, tag)
+    for name, points in (("upright", face), ("stored", there)): write_whole(tmp_path/f"{name}.csv", ("s/a.png,"+",".join(map(repr, points.flatten().tolist()))).encode())
+    expected = align_folder(tmp_path/"photos", tmp_path/"out", tmp_path/"upright.csv")
+    assert expected.outcome.tolist() == ["aligned"] and expected.reason.tolist() == [""]
+    crop = (tmp_path/"out/s/a.png").read_bytes()
+    asked = align_folder(tmp_path/"photos", tmp_path/"out", tmp_path/"stored.csv")
+    if tag > 2:
+        assert asked.outcome.tolist() == ["which frame"] and "--landmarks-in stored" in asked.reason[0] and not (tmp_path/"out/s/a.png").exists()
+    said = align_folder(tmp_path/"photos", tmp_path/"out", tmp_path/"stored.csv", landmarks_in="stored")
+    assert said.outcome.tolist() == ["aligned"] and (tmp_path/"out/s/a.png").read_bytes() == crop
+
+
+def test_a_turned_face_without_a_tag_is_aligned_and_named(tmp_path):
+    write_whole(tmp_path/"photos/s/a.png", encode_image(smooth(260)))
+    found = align_folder(tmp_path/"photos", tmp_path/"out", lambda image: moved(1, np.pi/2, 180, 60)[None])
+    assert found.outcome[0] == "aligned" and "turned by" in found.reason[0] and "90 degrees" in found.reason[0]
+    found = align_folder(tmp_path/"photos", tmp_path/"edge", lambda image: moved(1, 0, -45, 60)[None])
+    assert found.outcome[0] == "aligned" and "2 of 5 landmarks lie outside" in found.reason[0]
+
+
+def test_names_of_bytes_and_of_other_accents(tmp_path):
+    names = {os.fsdecode(b"Jos\xe9/1.png"): b"Jos\xe9/1.png", "Jos\u00e9/2.png": "Jose\u0301/2.png".encode()}
+    for name in names: write_whole(tmp_path/"photos"/name, encode_image(smooth(200)))
+    numbers = ",".join(map(repr, moved(1, 0, 30, 30).flatten().tolist())).encode()
+    write_whole(tmp_path/"marks.csv", b"\n".join(name+b","+numbers for name in names.values()))
+    first = align_folder(tmp_path/"photos", tmp_path/"out", tmp_path/"marks.csv")
+    assert first.outcome.tolist() == ["aligned", "aligned"]
+    pd.testing.assert_frame_equal(align_folder(tmp_path/"photos", tmp_path/"out", tmp_path/"marks.csv"), first)     # the report is read again
+    write_whole(tmp_path/"utf16.csv", "Jos\u00e9/2.png,1".encode("utf-16"))
+    with pytest.raises(ValueError, match="UTF-16: save it as UTF-8"): read_landmarks(tmp_path/"utf16.csv")
+
+
+def test_all_faces_of_a_photo_and_a_photo_of_that_name(tmp_path):
+    for name in ("a.png", "a#2.png", "s/b.png"): write_whole(tmp_path/"photos"/name, encode_image(smooth(260)))
+    two = torch.stack([moved(.5, 0, 100, 100), moved(1, 0, 0, 0)])
+    found = align_folder(tmp_path/"photos", tmp_path/"out", lambda image: two, which="all")
+    assert sorted(found.crop) == sorted(["a.png", "a#2.png", "a#2.png.png", "a#2.png#2.png", "s/b.png", "s/b#2.png"]) and len(set(found.path)) == 3
+    align_folder(tmp_path/"photos", tmp_path/"out", lambda image: two, which="central")
+    assert sorted(p.relative_to(tmp_path/"out").as_posix() for p in (tmp_path/"out").rglob("*.png")) == ["a#2.png.png", "a.png", "s/b.png"]

@@ -305,7 +305,7 @@ def test_align(tmp_path):
     Image.fromarray(photo + np.uint8(90)).save(tmp_path / "photos" / "ann" / "1.png"), Image.fromarray(photo).save(tmp_path / "photos" / "ann" / "2.png")
     (tmp_path / "marks.csv").write_text("ann/1.png,90,90,130,90,110,110,95,130,125,130\n")
     said = run("data", "align", tmp_path / "photos", tmp_path / "faces", "--landmarks", tmp_path / "marks.csv")
-    assert said.exit_code == 0 and "1 of 2 photos aligned to 112 px" in said.stdout and "no face: ann/2.png" in said.stderr
+    assert said.exit_code == 0 and "1 face of 1 of 2 photos aligned to 112 px" in said.stdout and "no face: ann/2.png" in said.stderr
     assert Image.open(tmp_path / "faces" / "ann" / "1.png").size == (112, 112)
     assert run("data", "align", tmp_path / "photos", tmp_path / "faces").exit_code == 2
 

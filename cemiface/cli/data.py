@@ -68,7 +68,7 @@ def lint_command(
     from cemiface.core.files import write_whole
     from cemiface.data.lint import lint
     report = lint(source, size, progress=True)
-    if out: write_whole(out, report.table.to_csv(index=False).encode())
+    if out: write_whole(out, report.table.to_csv(index=False))
     typer.echo(f"{report}" + (f"\nThe table is in {out}" if out else ""))
     raise typer.Exit(report.status(strict))
 
@@ -76,10 +76,13 @@ def lint_command(
 @data_app.command("align")
 @one_line_errors("data align")
 def align_command(
-    source: Annotated[Path, typer.Argument(help="folder of photos SUBJECT/NAME.jpg")],
+    source: Annotated[Path, typer.Argument(help="folder of photos SUBJECT/NAME.jpg, or NAME.jpg")],
     target: Annotated[Path, typer.Argument(help="new folder, gets SUBJECT/NAME.png and alignment.csv")],
-    landmarks: Annotated[Optional[Path], typer.Option(help="CSV (path,x1,y1,...,x5,y5) or JSON of five landmarks per face; paths start below the folder of photos")] = None,
+    landmarks: Annotated[Optional[Path], typer.Option(help="CSV (path,x1,y1,...,x5,y5) or JSON of five or 68 landmarks per face; paths start below the folder of photos")] = None,
+    landmarks_in: Annotated[Optional[Literal["upright", "stored"]], typer.Option(help="picture that they were measured on: as shown, or as stored, before its orientation tag turns it; default: upright, and photos that say otherwise are left out and named")] = None,
     detector: Annotated[Optional[Path], typer.Option(help="YuNet's face_detection_yunet_*.onnx; needs opencv-python-headless")] = None,
+    score: Annotated[Optional[float], typer.Option(min=0, max=1, help="faces below it are not reported by the detector; default: 0.9")] = None,
+    faces: Annotated[Literal["largest", "central", "all"], typer.Option(help="which of several faces; all: the second is NAME#2.png")] = "largest",
     size: Annotated[int, typer.Option(min=16, help="pixels a side")] = 112,
 ):
     """Align photos to ArcFace's template by five landmarks.
@@ -88,11 +91,18 @@ def align_command(
 
     Example: cemiface data align photos faces --landmarks landmarks.csv
 
-    Example: cemiface data align photos faces --detector face_detection_yunet_2023mar.onnx
+    Example: cemiface data align photos faces --detector face_detection_yunet_2023mar.onnx --score .6 --faces central
     """
     from cemiface.data.alignment import align_folder, yunet_detector
     if (landmarks is None) == (detector is None): raise ValueError("give either --landmarks FILE or --detector MODEL.onnx")
-    table = align_folder(source, target, landmarks or yunet_detector(detector), size, progress=True)
-    counts = table.outcome.value_counts()
-    for row in table[table.outcome != "aligned"].itertuples(): typer.secho(f"{row.outcome}: {row.path}" + (f": {row.reason}" if row.reason else ""), fg="yellow", err=True)
-    typer.echo(f"{target} holds {counts.get('aligned', 0)} of {len(table)} photos aligned to {size} px, {int((table.faces > 1).sum())} of them with several faces (the largest was taken); alignment.csv has a row for every photo")
+    if detector and landmarks_in: raise ValueError("--landmarks-in is for --landmarks FILE: a detector sees every photo upright")
+    if landmarks and score is not None: raise ValueError("--score is for --detector: landmarks of a file are all taken")
+    table = align_folder(source, target, landmarks or yunet_detector(detector, .9 if score is None else score), size, True, faces, landmarks_in)
+
+    # what was not aligned, what was and looks odd, and a summary
+    for row in table[(table.outcome != "aligned") | (table.reason != "")].itertuples():
+        typer.secho(f"{row.outcome}: {row.path}" + (f": {row.reason}" if row.reason else ""), fg="yellow", err=True)
+    good, several = table[table.outcome == "aligned"], table[table.faces > 1].path.nunique()
+    taken = "all were taken" if faces == "all" else f"the {'most central' if faces == 'central' else faces} was taken"
+    typer.echo(f"{target} holds {len(good)} face{'s' * (len(good) != 1)} of {good.path.nunique()} of {table.path.nunique()} photos aligned to {size} px" + (f", {several} of them with several faces ({taken})" if several else "") +
+               (f"; {odd} look odd and are named above" if (odd := int((good.reason != "").sum())) else "") + "; alignment.csv has a row for every face")
