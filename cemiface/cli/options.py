@@ -47,7 +47,7 @@ def one_line_errors(name:str): # a command's words, such as "data convert"
 # %% ../../nbs/cli/01_options.ipynb #2d44a475
 def claim(out:Path, # the output folder
           command:str, # who writes there
-          content:dict[str, str]|None=None, # option: fingerprint of what it names, where the command itself does not look after it
+          content:dict[str, str]|None=None, # option: fingerprint of what it names, where nothing else compares it
           **settings)->Path: # what the content depends on
     "Reserve a new or empty folder, or one this very command began. ValueError if it holds something else, OSError if it can't be written."
     from cemiface.core.files import write_whole
@@ -61,7 +61,8 @@ def claim(out:Path, # the output folder
     known = theirs.pop("content", {}) if begun else {}
     other = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
     if other: raise ValueError(f"{out} was begun with another {other[0]} ({theirs.get(other[0])}, now {mine.get(other[0])}): choose another --out, or remove it")
-    for option, fingerprint in (content or {}).items(): check_unchanged(f"what {option} names", fingerprint, known.get(option), note)
+    for option, fingerprint in (content or {}).items():
+        check_unchanged(f"what {option} names", fingerprint, known.get(option), note)
     try: write_whole(note, json.dumps(mine | ({"content": content} if content else {}), indent=1).encode())
     except OSError as e: raise OSError(e.strerror or str(e)) from e # whatever its kind, the input is not to blame
     return out

@@ -86,7 +86,8 @@ def train_recogniser_command(
     faces = open_named(data, size, subjects, per_subject, seed, min_per_subject, strict)
     batch = batch_size or min(512, max(8, len(faces) // 20), len(faces)) // world * world
     config = type(config).model_validate(config.model_dump() | dict(batch_size=batch, lr=config.lr * batch / 512 if lr is None else lr))
-    claim(out, "train-recogniser", {f"--benchmarks {p.name}": pairs_fingerprint(p) for p in pair_sets}, data=named_path(data), images=len(faces), subjects=faces.n_subjects, benchmarks=benchmarks, **config.model_dump())
+    content = {f"--benchmarks {p.name}": pairs_fingerprint(p) for p in pair_sets} # train_recogniser looks after the faces
+    claim(out, "train-recogniser", content, data=named_path(data), images=len(faces), subjects=faces.n_subjects, benchmarks=benchmarks, **config.model_dump())
     def accuracies(model): return evaluate(model, pair_sets, precision=config.precision)["accuracy"].to_dict() # set -> percent, and AVG
     trained = train_recogniser(faces, config, out, accuracies if pair_sets else None, log_with=log_with)
     if int(os.environ.get("RANK", 0)): return # one of several processes speaks

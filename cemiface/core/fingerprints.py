@@ -25,7 +25,9 @@ def fingerprint_of(
 )->str: # 12 hex digits
     "A hash of some content, part by part: where one ends and the next begins counts too."
     h = hashlib.sha256()
-    for part in parts: h.update(hashlib.sha256(part if isinstance(part, bytes) else np.ascontiguousarray(part)).digest())
+    for part in parts:
+        part = part if isinstance(part, bytes) else np.ascontiguousarray(part)
+        h.update(hashlib.sha256(part).digest())
     return h.hexdigest()[:12]
 
 # %% ../../nbs/core/06_fingerprints.ipynb #f0000009
@@ -42,7 +44,7 @@ def weights_fingerprint(
 # %% ../../nbs/core/06_fingerprints.ipynb #f0000012
 def file_stats(
     paths:Sequence[str|Path], # files
-)->np.ndarray: # int64 [N,3]: bytes, when its content and when anything about it last changed (ns); 0 where there is no file
+)->np.ndarray: # int64 [N,3]: bytes, last change of the content and of anything else (ns); 0 where there is no file
     "Size and times of files, which are not opened."
     stats = np.zeros((len(paths), 3), np.int64)
     for row, path in zip(stats, paths):
@@ -77,7 +79,9 @@ def check_unchanged(
     if theirs is None and len(files):
         written = file_stats(files)[:, 1]
         if written.max() > note.stat().st_mtime_ns:
-            raise ValueError(f"{note} does not say which content it was made of, and {files[written.argmax()]} was written after it: if {what} did not change, "
-                             f"touch {note}; if so, choose another folder (--out), or delete {note.parent}")
+            raise ValueError(f"{note} does not say which content it was made of, and {files[written.argmax()]} was written "
+                             f"after it: if {what} did not change, touch {note}; if they did, choose another folder (--out), "
+                             f"or delete {note.parent}")
     if theirs not in (None, ours):
-        raise ValueError(f"{note.parent} was made of other data: {what} changed since (fingerprint {theirs}, now {ours}): choose another folder (--out), or delete this one")
+        raise ValueError(f"{note.parent} was made of other data: {what} changed since (fingerprint {theirs}, now {ours}): "
+                         "choose another folder (--out), or delete this one")

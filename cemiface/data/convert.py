@@ -86,13 +86,15 @@ def open_writer(
     to:str,        # "records" or "folder"
     size:int|None, # pixels a side
 ):
-    "The writer of a set, going on from a beginning of the same conversion. ValueError if there is the beginning of another one, or of a set that has changed."
+    """The writer of a set, going on from a beginning of the same conversion.
+    ValueError if there is the beginning of another one, or of a set that has changed."""
     note = out.with_name(f".{out.name}.part")/".from"
     what = json.dumps([str(encoded.store.path.resolve()), len(encoded), zlib.crc32(encoded.rows.tobytes()), zlib.crc32(encoded.labels.numpy().tobytes()), to, size])
     fingerprint = set_fingerprint(encoded)
     if note.exists():
         theirs, _, known = note.read_text().partition("\n")
-        if theirs != what: raise ValueError(f"{note.parent} is the beginning of another conversion: give the same arguments again, or remove it")
+        if theirs != what:
+            raise ValueError(f"{note.parent} is the beginning of another conversion: give the same arguments again, or remove it")
         check_unchanged(f"the images or labels of {encoded.name}", fingerprint, known or None, note, files_of(encoded))
     plain = encoded.subjects == [str(k) for k in range(len(encoded.subjects))]
     if to == "folder": writer = FolderWriter(out, encoded.subjects, note.exists())

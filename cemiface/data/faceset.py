@@ -285,7 +285,8 @@ def faces_fingerprint(faces:FaceSet)->str: # 12 hex digits
     "A hash of images, labels and names: of a stored set the images as stored, else their pixels, looked up 256 at a time."
     if faces.encoded is not None: return set_fingerprint(faces.encoded)
     pixels = lookups(faces.images, torch.arange(len(faces)).split(256))
-    return fingerprint_of(chain([faces.labels.numpy(), json.dumps(faces.subjects).encode()], (x.cpu().numpy() for x in pixels)))
+    about = [faces.labels.numpy(), json.dumps(faces.subjects).encode()]
+    return fingerprint_of(chain(about, (x.cpu().numpy() for x in pixels)))
 
 # %% ../../nbs/data/08_faceset.ipynb #4b627002
 def crop_weights(

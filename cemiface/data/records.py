@@ -253,10 +253,12 @@ def files_of(
     "The files that the images of a set lie in."
     if encoded is None: return []
     root = os.path.abspath(encoded.store.path)
-    return [os.path.join(root, encoded.store.paths[i]) for i in encoded.rows.tolist()] if isinstance(encoded.store, Files) else [root]
+    if not isinstance(encoded.store, Files): return [root]
+    return [os.path.join(root, encoded.store.paths[i]) for i in encoded.rows.tolist()]
 
 def set_fingerprint(encoded:Encoded)->str: # 12 hex digits
-    "A hash of every image, labels and names; a large set whose files have kept sizes and times is not read again. An image that cannot be read counts as empty."
+    """A hash of every image, labels and names; a large set whose files have kept sizes and times is not read again.
+    An image that cannot be read counts as empty."""
     about = [encoded.labels.numpy(), json.dumps(encoded.subjects).encode()]
     def image(i):
         try: return encoded.read(i)
@@ -264,5 +266,5 @@ def set_fingerprint(encoded:Encoded)->str: # 12 hex digits
     def content()->Iterator[bytes]:
         yield from about
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(encoded), 1024): yield from pool.map(image, range(start, min(start+1024, len(encoded))))
+            for some in torch.arange(len(encoded)).split(1024): yield from pool.map(image, some.tolist())
     return remembered(files_of(encoded), fingerprint_of([*about, encoded.rows]), lambda: fingerprint_of(content()))

@@ -326,7 +326,8 @@ def train_generator(
     method:type=SimMat,         # what a step draws, is told and is asked for
     log_with:Any=None,          # trackers of the rows of log.csv, as accelerate takes them: "tensorboard", "wandb", a `GeneralTracker`, or a list of these
 )->tuple[UNet2DConditionModel, Conditioner]: # moving averages, on the CPU
-    "Algorithm 1. The same call goes on where an interrupted one stopped. ValueError for misfits, for a state of other settings or content, and for a loss that is no number."
+    """Algorithm 1. The same call goes on where an interrupted one stopped.
+    ValueError for misfits, for a state of other settings or content, and for a loss that is no number."""
     if faces.size!=generator.size:
         raise ValueError(f"{faces.name} has {faces.size} px, the generator {generator.size} px: open the faces at size={generator.size}")
     if config.sample_every and not hasattr(method, "sample"):
@@ -346,7 +347,8 @@ def train_generator(
     params = list(denoiser.parameters())
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     ema = EMAModel(params, decay=config.ema_max, use_ema_warmup=True, power=config.ema_power, foreach=True)
-    content = {f"the images or labels of {faces.name}": faces_fingerprint(faces), "the recogniser": weights_fingerprint(recogniser),
+    content = {f"the images or labels of {faces.name}": faces_fingerprint(faces),
+               "the recogniser": weights_fingerprint(recogniser),
                "the UNet to start from": weights_fingerprint(unet) if init else "none"}
     settings = dict(generator=generator.model_dump(mode="json"), faces=[faces.name, len(faces)]) | {
         k: v for k, v in config.model_dump(mode="json").items() if k not in PACE}

@@ -133,7 +133,8 @@ def describe(
     config:RecogniserConfig, # the settings
 )->dict: # plain values
     "What a training is of: its settings and its images, by their content."
-    about = {"name": faces.name, "images": len(faces), "subjects": faces.n_subjects, "fingerprint": faces_fingerprint(faces)}
+    about = {"name": faces.name, "images": len(faces), "subjects": faces.n_subjects,
+             "fingerprint": faces_fingerprint(faces)}
     return {"config": config.model_dump(mode="json"), "faces": about}
 
 # %% ../../nbs/recognition/03_training.ipynb #68e86084
@@ -147,7 +148,8 @@ def check_same(
     for part in ours:
         known = (RecogniserConfig().model_dump(mode="json") if part == "config" else {}) | (theirs.get(part) or {})
         for key, value in ours[part].items():
-            if key == "fingerprint": check_unchanged(f"the images or labels of {ours[part]['name']}", value, known.get(key), note, files)
+            if key == "fingerprint":
+                check_unchanged(f"the images or labels of {ours[part]['name']}", value, known.get(key), note, files)
             elif (old := known.get(key)) != value:
                 raise ValueError(f"{note.parent} holds a training with {part} {key}={old!r}, not {value!r}: choose another folder or delete this one")
 
@@ -369,7 +371,8 @@ def train_recogniser(
     log_steps:int=20, # steps between two entries in the trackers
 )->Trained: # on the device it was trained on
     """Train a recogniser from scratch (Section 4.1). With `out`, a stopped training goes on where it was, and a finished one is loaded.
-    ValueError if the images do not fit or `out` holds a training of other settings or images, FloatingPointError if the loss stops being finite."""
+    ValueError if the images do not fit or `out` holds a training of other settings or images,
+    FloatingPointError if the loss stops being finite."""
     out, run, files = out and Path(out), out and describe(faces, config), files_of(faces.encoded)
     if out and (note := out / "recogniser.json").exists():
         check_same(run, json.loads(note.read_text()), note, files)
