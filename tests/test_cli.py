@@ -425,13 +425,28 @@ def test_a_generated_set_is_checked_and_an_image_drawn_again(folder, generator, 
 def test_two_processes_draw_what_one_draws(folder, generator, tmp_path, monkeypatch):
     words = ("generate", "--inquiry", folder, "--per-subject", 3, "--generator", generator, "--steps", 1, "--oversample", 1, "--batch-size", 4)
     ok(*words, "--out", tmp_path / "one")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
-        assert "cemiface set merge" in ok(*words, "--out", tmp_path / "two")
-    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    for name, value in dict(RANK="0", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="none").items(): monkeypatch.setenv(name, value)
+    assert "cemiface set merge" in ok(*words, "--out", tmp_path / "two")        # under torchrun
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    second = run(*words, "--out", tmp_path / "two", "--share", "2/2")           # by a word; what was left over says nothing
+    assert second.exit_code == 4 and "is not whole yet" in second.output.strip().splitlines()[-1]
+    for name in ("RANK", "WORLD_SIZE"): monkeypatch.delenv(name)
+    assert "not whole yet" in error(2, "train-recogniser", "--data", tmp_path / "two", "--out", tmp_path / "model")
     ok("set", "merge", tmp_path / "two")
+    assert "2 subjects" not in ok(*words, "--out", tmp_path / "two", "--share", "1/2")  # it is whole: nothing is left to share
     one, two = ({p.relative_to(o).as_posix(): p.read_bytes() for p in o.rglob("*") if p.suffix in (".png", ".parquet", ".csv")} for o in (tmp_path / "one", tmp_path / "two"))
     assert one == two and len(one) > 16
+
+
+def test_a_task_of_a_sweep_draws_a_whole_set(folder, generator, tmp_path, monkeypatch):
+    left = dict(RANK="1", WORLD_SIZE="4", SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_TASK_MIN="0", SLURM_ARRAY_TASK_MAX="4", SLURM_ARRAY_TASK_COUNT="5")
+    for name, value in left.items(): monkeypatch.setenv(name, value)
+    words = ("generate", "--inquiry", folder, "--per-subject", 2, "--generator", generator, "--steps", 1, "--oversample", 0)
+    assert "images at m = 0" in ok(*words, "--out", tmp_path / "set") and (tmp_path / "set/set.json").exists()
+    for name in ("train-recogniser", "train-generator"):
+        said = error(2, name, "--data", folder, "--out", tmp_path / "model")
+        assert "RANK, WORLD_SIZE are set" in said and "unset RANK WORLD_SIZE" in said and not (tmp_path / "model").exists()
+    assert "unset RANK WORLD_SIZE" in error(2, "reproduce", "--dry-run", "--profile", "smoke")
 
 
 def test_generate_from_loose_images(folder, generator, tmp_path):

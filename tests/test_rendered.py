@@ -308,7 +308,11 @@ def test_the_command_line(tmp_path):
     assert answer.exit_code == 0 and re.search(r"holds 6 images of 3 subjects, [\d.]+ MB; 6 drawn in [\d.]+ s, [\d.]+ images/s", answer.output), answer.output
     assert "all of them were there" in run(*words, "--out", tmp_path/"set").output
     assert "other settings (seed is 0 there and 1 here)" in error(*words, "--out", tmp_path/"set", "--seed", 1)
-    for s in "21": assert f"share {s} of 2 is drawn" in run(*words, "--out", tmp_path/"shares", "--share", f"{s}/2").output
+    for s in "21":
+        part = run(*words, "--out", tmp_path/"shares", "--share", f"{s}/2")
+        assert part.exit_code == 4 and "not whole yet" in part.output.strip().splitlines()[-1] and f"share {s} of 2 is drawn" in part.output
+    assert "was begun in 2 shares" in error(*words, "--out", tmp_path/"shares", "--share", "1/3")
+    assert "not whole yet" in error("train-recogniser", "--data", tmp_path/"shares", "--out", tmp_path/"model")
     assert "is finished" in run("set", "merge", tmp_path/"shares").output
     a, b = content(tmp_path/"set"), content(tmp_path/"shares")
     assert {k: v for k, v in a.items() if k != "README.md"} == {k: v for k, v in b.items() if k != "README.md"}
@@ -325,12 +329,15 @@ def test_list_factors():
     assert "no world 'moon'" in error("render", "--list-factors", "--world", "moon")
 
 
-def test_a_launcher_of_processes_gives_the_share(tmp_path):
+def test_torchrun_gives_the_share_and_variables_that_were_left_over_do_not(tmp_path):
     words = shlex.split("render --subjects 2 --per-subject 2 --size 16 --device cpu --out") + [str(tmp_path/"set")]
-    answer = CliRunner(env=dict(RANK="1", WORLD_SIZE="2")).invoke(app, words)
-    assert "share 2 of 2 is drawn" in answer.output and not (tmp_path/"set"/"render.json").exists()
-    os.environ.pop("RANK", None)
-    assert "holds 4 images of 2 subjects" in run(*words).output
+    two = dict(RANK="1", WORLD_SIZE="2")
+    answer = CliRunner(env=two | dict(TORCHELASTIC_RUN_ID="none")).invoke(app, words)
+    assert answer.exit_code == 0 and "share 2 of 2 is drawn" in answer.output and not (tmp_path/"set"/"render.json").exists()
+    task = {f"SLURM_ARRAY_TASK_{k}": v for k, v in dict(ID="1", MIN="0", MAX="3", COUNT="4").items()}
+    assert "holds 4 images of 2 subjects" in CliRunner(env=two | task).invoke(app, words).output
+    answer = CliRunner(env=task).invoke(app, [*words[:-1], str(tmp_path/"array"), "--share", "slurm"])
+    assert answer.exit_code == 4 and "share 2 of 4 is drawn" in answer.output
 
 
 @pytest.mark.slow

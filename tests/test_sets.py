@@ -80,9 +80,37 @@ def test_a_larger_volume_holds_the_smaller_one(pipe, tmp_path):
     assert all(content(large)[f] == x for f, x in content(small).items() if f.endswith(".png"))
 
 
-@pytest.mark.parametrize("env,share", [({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)), ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "5"}, (3, 5)),
-    ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "4", "SLURM_ARRAY_TASK_COUNT": "3", "RANK": "1", "WORLD_SIZE": "2"}, (5, 6))])
-def test_shares_by_launcher(env, share): assert current_share(env) == share
+def array(**numbers): return {f"SLURM_ARRAY_TASK_{k}": str(v) for k, v in numbers.items()}
+
+
+LEFT_OVER, TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+TASK, STEPS = array(ID=3, MIN=0, MAX=4, COUNT=5, STEP=1), array(ID=9, MIN=1, MAX=9, COUNT=3, STEP=4)
+
+
+@pytest.mark.parametrize("asked,env,share", [
+    (None, {}, (0, 1)), (None, LEFT_OVER, (0, 1)), (None, TASK, (0, 1)), (None, TASK | LEFT_OVER, (0, 1)),  # nobody asked
+    ("2/5", {}, (1, 5)), ("2/5", TASK | LEFT_OVER, (1, 5)), ("slurm", TASK | LEFT_OVER, (3, 5)), ("slurm", STEPS, (2, 3)),
+    (None, TORCHRUN, (1, 2)), ("slurm", STEPS | TORCHRUN, (5, 6)), ("2/5", TORCHRUN, (3, 10))])
+def test_a_share_is_asked_for(asked, env, share): assert current_share(asked, env) == share
+
+
+@pytest.mark.parametrize("asked,env,said", [
+    ("slurm", {}, "no task of a Slurm array"), ("slurm", LEFT_OVER, "no task of a Slurm array"),
+    ("slurm", array(ID=3, MIN=3, MAX=3, COUNT=1), "write the share"), ("slurm", array(ID=3, MIN=1, MAX=7, COUNT=3, STEP=1), "write the share"),
+    *[(bad, {}, "from 1/5 to 5/5") for bad in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3", "²/5", "", "SLURM")]])
+def test_what_is_no_share(asked, env, said):
+    with pytest.raises(ValueError, match=said): current_share(asked, env)
+
+
+@pytest.mark.parametrize("form", [{}, {"form": "records"}])
+def test_a_set_keeps_the_division_it_began_with(tmp_path, form):
+    share(tmp_path/"set", (0, 3), **form)
+    with pytest.raises(ValueError, match="was begun in 3 shares, and this is one of 4"): share(tmp_path/"set", (1, 4), **form)
+    share(tmp_path/"set", (0, 1), **form)                        # the whole draws what is left
+    share(tmp_path/"set", (1, 3), **form)                        # and a late share does no harm
+    share(tmp_path/"one", **form)
+    with pytest.raises(ValueError, match="begun as a whole, and this is one of 2"): share(tmp_path/"one", (1, 2), **form)
+    assert content(merge_set(tmp_path/"set", progress=False)) == content(merge_set(tmp_path/"one", progress=False))
 
 
 @pytest.mark.parametrize("form", ["folder", "records"])
@@ -149,7 +177,7 @@ def test_the_number_of_processes_may_change_on_the_way(tmp_path):
         share(one, **form); merge_set(one, progress=False)
         share(out, (0, 3), **form); share(out, (2, 3), **form)
         with pytest.raises(ValueError, match=r"of 3 shares \[1\] are not finished"): merge_set(out, progress=False)
-        for s in range(2): share(out, (s, 2), **form)
+        share(out, **form)
         assert content(merge_set(out, progress=False)) == content(one)
 
 
@@ -224,7 +252,7 @@ synthesis.generate_set(untrained_pipeline(GENERATORS["smoke"]), faces, .2, 3, sy
 
 def test_two_processes_one_killed(pipe, tmp_path):
     out, kw = tmp_path/"cut", dict(faces=inquiries(20), form="records")
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(out)], env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"})
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(out)], env=os.environ | TORCHRUN)
     deadline = time.time() + 90
     mine = lambda: [p for p in out.glob(".shares/batch-*.rec") if int(p.stem[6:]) >= 7]       # the second share's batches
     while not mine() and child.poll() is None and time.time() < deadline: time.sleep(.002)

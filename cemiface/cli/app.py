@@ -15,7 +15,7 @@ import typer
 from .bench import bench_app
 from .data import data_app
 from .generators import demo_command, generate_command, train_generator_command
-from .options import one_line_errors, OutOption, pick_device
+from .options import check_launch, one_line_errors, OutOption, pick_device
 from .recognisers import groups_command, recogniser_app, train_recogniser_command, verify_command
 from .sets import audit_command, render_command, set_app
 
@@ -60,6 +60,7 @@ def reproduce_command(
     from cemiface.study.results import RESULTS
     from cemiface.study.run import default_jobs
     from cemiface.study.study import Study
+    check_launch()
     where = cluster_of(cluster, partition=partition, gpus=gpus, processes=processes, cpus=cpus, time=time, retries=retries)
     profile = profile or ("gpu" if pick_device(None) == "cuda" else "laptop")
     if bench and not dry_run: raise ValueError("--bench is for a plan: add --dry-run")

@@ -6,17 +6,17 @@
 __all__ = ['GENERATOR_OPTIONS', 'DEMO_MS', 'train_generator_command', 'generate_command', 'demo_command']
 
 # %% ../../nbs/cli/04_generators.ipynb #edbfdc8e
-import json, os
+import json
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
 
-from .options import (BatchSizeOption, change_settings, check_tracker, claim, DeviceOption, FacesOption,
-                                  GeneratorOption, ListSettingsOption, named_path, one_line_errors, open_inquiries,
+from .options import (BatchSizeOption, change_settings, check_launch, check_tracker, claim, DeviceOption, end_of_share,
+                                  FacesOption, GeneratorOption, ListSettingsOption, named_path, one_line_errors, open_inquiries,
                                   open_named, open_pipeline, open_recogniser, OutOption, PerSubjectOption,
                                   pick_device, PrecisionOption, quiet_loading, SeedOption, settings_list,
-                                  SettingsOption, StrictOption, SubjectsOption, TrackerOption)
+                                  SettingsOption, ShareOption, StrictOption, SubjectsOption, TrackerOption)
 
 # %% ../../nbs/cli/04_generators.ipynb #bdbc834a
 def _trainers()->dict: # name of a method -> its training, and the pipeline made of (UNet, conditioner, recogniser, scheduler) and the faces
@@ -75,6 +75,7 @@ def train_generator_command(
     matplotlib.use("Agg")
     import pandas as pd
     from cemiface.core.figures import save_figure
+    from cemiface.core.machine import launched
     from cemiface.core.settings import changed
     from cemiface.generation.conditioning import GENERATORS
     from cemiface.generation.diffusion import ddim_scheduler
@@ -89,6 +90,7 @@ def train_generator_command(
     if list_settings: return typer.echo(settings_list(config, GENERATOR_OPTIONS))
     if data is None: raise ValueError("--data is missing: name the faces to train on")
     check_tracker(log_with)
+    check_launch()
     network = open_recogniser(recogniser, device)
     sizes, size = GENERATORS[preset], network.config.size
     if sizes.size != size: raise ValueError(f"preset {preset} draws {sizes.size} pixels, but {recogniser} takes {size}: choose another --preset or --recogniser")
@@ -96,7 +98,7 @@ def train_generator_command(
     claim(out, "train-generator", data=named_path(data), recogniser=str(recogniser), method=method, preset=preset, images=len(faces), init=str(init),
           **config.model_dump(exclude=set(PACE)))
     unet, conditioner = train(faces, network, sizes, config, out/"train", _start(init, method, config, out), log_with=log_with)
-    if int(os.environ.get("RANK", 0)): return # one of several processes speaks
+    if launched()[0]: return # one of several processes speaks
     made = pipeline((unet, conditioner, network, ddim_scheduler(config.snr_scale, config.T, config.prediction)), faces)
     made.save_pretrained(out/"pipeline")
     save_figure(plot_training(pd.read_csv(out/"train/log.csv")), out/"training.png")
@@ -162,12 +164,13 @@ def generate_command(
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the UNet")] = False,
     batch_size: BatchSizeOption = 64,
     form: Annotated[Literal["folder", "records"], typer.Option(help="image files, one folder per subject, or InsightFace record files")] = "folder",
+    share: ShareOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ):
     """Draw a labelled face set: every inquiry face becomes a subject (Algorithm 2).
 
-    If it is stopped, the same command goes on from there. Under torchrun, accelerate or a Slurm array each process draws its share; then cemiface set merge joins them.
+    If it is stopped, the same command goes on from there. Several processes draw a share each, by --share or under torchrun or accelerate launch; then cemiface set merge joins them. Exit status 4 after a share: the set is not whole yet.
 
     Example: cemiface generate --inquiry my_faces --m 0 --per-subject 50 --out my_set
 
@@ -180,14 +183,14 @@ def generate_command(
     from cemiface.generation.diffusion import image_size
     from cemiface.sets.layout import current_share
     from cemiface.sets.synthesis import generate_set
-    device, share = pick_device(device), current_share()
+    device, shard = pick_device(device), current_share(share)
     pipe = open_pipeline(generator, device, sampler, precision)
     wanted = _similarity_of(pipe, m, similarity, plan, scale, per_subject, steps)
     faces = _inquiries_of(inquiry, pipe, wanted["per_subject"], subjects, threshold, threshold_recogniser, seed)
     if oversample is None: oversample = 5 if hasattr(faces, "images") else 0
     if compile: pipe.unet.compile()
-    generate_set(pipe, faces, **wanted, out=out, seed=seed, batch_size=batch_size, steps=steps, oversample=oversample, form=form, shard=share)
-    if share[1] > 1: return typer.echo(f"share {share[0] + 1} of {share[1]} is drawn; when all are: cemiface set merge {out}")
+    generate_set(pipe, faces, **wanted, out=out, seed=seed, batch_size=batch_size, steps=steps, oversample=oversample, form=form, shard=shard)
+    if not (out/"set.json").exists(): end_of_share(shard, out)
     runs = [(len(faces), per_subject)] if plan is None else wanted["per_subject"]
     at = f"at m = {', '.join(f'{v:.3g}' for v in wanted['m'])}" if wanted["m"] else "by DCFace"
     copies = {0: "no copies of the inquiries", 1: "1 copy of each inquiry"}.get(oversample, f"{oversample} copies of each inquiry")

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BAD_INPUT', 'BatchSizeOption', 'ChannelsOption', 'DeviceOption', 'FacesOption', 'GeneratorOption', 'OutOption',
-           'PerSubjectOption', 'RecogniserOption', 'SeedOption', 'StrictOption', 'SubjectsOption', 'ListSettingsOption',
-           'PrecisionOption', 'SettingsOption', 'TrackerOption', 'one_line_errors', 'claim', 'change_settings',
-           'settings_list', 'check_tracker', 'pick_device', 'say_left_out', 'open_named', 'named_path',
-           'open_inquiries', 'quiet_loading', 'open_recogniser', 'open_pipeline']
+           'PerSubjectOption', 'RecogniserOption', 'SeedOption', 'ShareOption', 'StrictOption', 'SubjectsOption',
+           'ListSettingsOption', 'PrecisionOption', 'SettingsOption', 'TrackerOption', 'one_line_errors', 'claim',
+           'end_of_share', 'change_settings', 'settings_list', 'check_tracker', 'check_launch', 'pick_device',
+           'say_left_out', 'open_named', 'named_path', 'open_inquiries', 'quiet_loading', 'open_recogniser',
+           'open_pipeline']
 
 # %% ../../nbs/cli/01_options.ipynb #869776b3
 import functools, json, os, warnings
@@ -29,7 +30,7 @@ def _complain(command:str, error:BaseException):
     typer.secho(f"cemiface {command}: {text}", fg="red", err=True)
 
 def one_line_errors(name:str): # a command's words, such as "data convert"
-    "Decorator: exit status 2 for bad input, 3 for a failure, 130 for Ctrl-C; no traceback unless CEMIFACE_DEBUG is set."
+    "Decorator: exit status 2 for bad input, 3 for a failure, 130 for Ctrl-C (4 is `end_of_share`'s); no traceback unless CEMIFACE_DEBUG is set."
     def decorate(command):
         @functools.wraps(command)
         def run(*args, **kwargs):
@@ -77,8 +78,16 @@ OutOption = Annotated[Path, typer.Option(help="output folder")]
 PerSubjectOption = Annotated[Optional[int], typer.Option(min=1, help="use at most so many images per subject; default: all of a stored set, 20 of a world")]
 RecogniserOption = Annotated[Path, typer.Option(help="recogniser folder, public checkpoint file, or the word shipped")]
 SeedOption = Annotated[int, typer.Option(min=0, help="seed of everything that is drawn at random")]
+ShareOption = Annotated[Optional[str], typer.Option(metavar="S/N", help="draw share S of N, such as 2/5, or the word slurm: the share of this task of a job array; default: all of it")]
 StrictOption = Annotated[bool, typer.Option("--strict", help="stop at an unreadable image instead of leaving it out and naming it")]
 SubjectsOption = Annotated[Optional[int], typer.Option(min=1, help="use so many subjects; default: all of a stored set, 200 of a world")]
+
+# %% ../../nbs/cli/01_options.ipynb #0b5f3share2
+def end_of_share(shard:tuple, # which share, from 0, of how many
+                 out:Path): # the set's folder
+    "Say what is left to do, and end with status 4; under torchrun with 0."
+    typer.echo(f"share {shard[0] + 1} of {shard[1]} is drawn, and {out} is not whole yet; when all shares are drawn: cemiface set merge {out}")
+    raise typer.Exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 4)
 
 # %% ../../nbs/cli/01_options.ipynb #d853c980
 ListSettingsOption = Annotated[bool, typer.Option("--list-settings", help="print every setting with its value in this preset, and stop")]
@@ -115,6 +124,12 @@ def check_tracker(name:str|None):
     known = [str(getattr(t, "value", t)) for t in get_available_trackers()]
     if name and name not in known: raise ValueError(f"--log-with {name}: this tracker is not installed (installed: {', '.join(known) or 'none'}): pip install {name}, or leave --log-with out")
 
+def check_launch():
+    "ValueError if variables of a launch are set, and none took place: accelerate would wait for processes that nobody starts."
+    left = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    if left and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ValueError(f"{', '.join(left)} are set, but neither torchrun nor accelerate launch has started this process: unset {' '.join(left)}, or start it by one of them")
+
 def pick_device(name:str|None)->str: # the named one, or cuda where there is any
     from cemiface.core.machine import default_device
     return name or default_device()
@@ -125,9 +140,11 @@ def say_left_out(lines:list[str]):
     for line in lines[:10] + [f"{len(lines) - 10} more"] * (len(lines) > 10): typer.secho(f"left out: {line}", fg="yellow", err=True)
 
 def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, seed:int=0, min_per_subject:int=1, strict:bool=False): # FaceSet
-    "`open_faces` with sizes for a world that has no end; damaged files, and subjects with too few images, are left out and named on stderr."
+    "`open_faces` with sizes for a world that has no end; damaged files, and subjects with too few images, are left out and named on stderr. ValueError for a set that is not whole yet."
     from cemiface.data.faceset import open_faces
     if source.startswith("proc:"): subjects, per_subject = subjects or 200, per_subject or 20
+    elif (Path(source)/".shares").is_dir() and not any((Path(source)/name).exists() for name in ("set.json", "render.json")):
+        raise ValueError(f"{source} is a set that is not whole yet: give the command again that began it, or cemiface set merge {source}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         faces = open_faces(source, size, subjects, per_subject, seed=seed, on_bad="raise" if strict else "skip", progress=True)

@@ -8,13 +8,12 @@ __all__ = ['BenchmarksOption', 'SkipDamagedOption', 'RECOGNISER_OPTIONS', 'recog
            'groups_command', 'import_command', 'export_command']
 
 # %% ../../nbs/cli/03_recognisers.ipynb #861b3d2a
-import os
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
 
-from .options import (BatchSizeOption, change_settings, ChannelsOption, check_tracker, claim, DeviceOption,
+from .options import (BatchSizeOption, change_settings, ChannelsOption, check_launch, check_tracker, claim, DeviceOption,
                                   FacesOption, ListSettingsOption, named_path, one_line_errors, open_named,
                                   open_recogniser, OutOption, PerSubjectOption, PrecisionOption,
                                   RecogniserOption, SeedOption, settings_list, SettingsOption, StrictOption,
@@ -72,6 +71,7 @@ def train_recogniser_command(
     import matplotlib
     matplotlib.use("Agg")
     from cemiface.core.figures import save_figure
+    from cemiface.core.machine import launched
     from cemiface.core.settings import changed
     from cemiface.data.pairs import pairs_fingerprint
     from cemiface.recognition.training import last_and_best, plot_history, RECIPES, train_recogniser
@@ -82,15 +82,16 @@ def train_recogniser_command(
     if list_settings: return typer.echo(settings_list(config, RECOGNISER_OPTIONS))
     if data is None: raise ValueError("--data is missing: name the faces to train on")
     check_tracker(log_with)
-    pair_sets, world = open_benchmarks(benchmarks, skip_damaged), int(os.environ.get("WORLD_SIZE", 1))
+    check_launch()
+    pair_sets, (rank, processes) = open_benchmarks(benchmarks, skip_damaged), launched()
     faces = open_named(data, size, subjects, per_subject, seed, min_per_subject, strict)
-    batch = batch_size or min(512, max(8, len(faces) // 20), len(faces)) // world * world
+    batch = batch_size or min(512, max(8, len(faces) // 20), len(faces)) // processes * processes
     config = type(config).model_validate(config.model_dump() | dict(batch_size=batch, lr=config.lr * batch / 512 if lr is None else lr))
     content = {f"--benchmarks {p.name}": pairs_fingerprint(p) for p in pair_sets} # train_recogniser looks after the faces
     claim(out, "train-recogniser", content, data=named_path(data), images=len(faces), subjects=faces.n_subjects, benchmarks=benchmarks, **config.model_dump())
     def accuracies(model): return evaluate(model, pair_sets, precision=config.precision)["accuracy"].to_dict() # set -> percent, and AVG
     trained = train_recogniser(faces, config, out, accuracies if pair_sets else None, log_with=log_with)
-    if int(os.environ.get("RANK", 0)): return # one of several processes speaks
+    if rank: return # one of several processes speaks
     save_figure(plot_history(trained), out/"history.png")
     if pair_sets: typer.echo(last_and_best(trained.history).drop(columns=["lr", "seconds"]).round(3).to_string())
     typer.echo(f"{out} holds the recogniser: {config.backbone} + {config.margin}, {config.epochs} epochs on {len(faces)} images of {faces.n_subjects} subjects, "

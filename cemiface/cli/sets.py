@@ -15,17 +15,9 @@ import typer
 
 from .options import (claim, DeviceOption, GeneratorOption, named_path, one_line_errors, open_inquiries,
                                   open_named, open_pipeline, open_recogniser, OutOption, pick_device,
-                                  RecogniserOption, SeedOption, StrictOption)
+                                  RecogniserOption, SeedOption, ShareOption, StrictOption, end_of_share)
 
 # %% ../../nbs/cli/05_sets.ipynb #88f91073
-def _share_of(text:str|None)->tuple[int, int]: # number of the share from 0, how many
-    "`2/5`, or the share that a launcher of processes gives."
-    from cemiface.sets.layout import current_share
-    if text is None: return current_share()
-    s, slash, n = text.partition("/")
-    if not (s.isdigit() and n.isdigit() and 1 <= int(s) <= int(n)): raise ValueError(f"--share {text}: write which of how many, from 1/5 to 5/5")
-    return int(s) - 1, int(n)
-
 def _rendered_summary(out:Path, images:int, subjects:int, drawn:int, seconds:float)->str:
     "What a finished set holds, and how fast it was drawn."
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
@@ -49,13 +41,13 @@ def render_command(
     form: Annotated[Literal["folder", "records"], typer.Option("--to", help="image files, one folder per subject, or InsightFace record files")] = "folder",
     ext: Annotated[Literal["png", "jpg"], typer.Option("--format", help="exact, or smaller")] = "png",
     table: Annotated[Literal["csv", "parquet"], typer.Option(help="form of the tables, factors of pictures and of people; parquet needs pyarrow")] = "csv",
-    share: Annotated[Optional[str], typer.Option(metavar="S/N", help="draw share S of N, such as 2/5; default: the launcher's, else all")] = None,
+    share: ShareOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ):
     """Render a labelled set of people who do not exist, with every factor of photos and people in two tables.
 
-    If it is stopped, the same command goes on from there. Each share, by --share or under torchrun, accelerate or a Slurm array, is drawn by a process of its own; then cemiface set merge joins them.
+    If it is stopped, the same command goes on from there. Several processes draw a share each, by --share or under torchrun or accelerate launch; then cemiface set merge joins them. Exit status 4 after a share: the set is not whole yet.
 
     Example: cemiface render --world casia --subjects 10000 --per-subject 50 --out my_rendered_set
 
@@ -66,13 +58,13 @@ def render_command(
     from cemiface.sets.factors import factor_lines, parse_factors
     if list_factors: return typer.echo(factor_lines(world))
     from cemiface.sets.blocks import drawn_images
+    from cemiface.sets.layout import current_share
     from cemiface.sets.rendered import render_set
-    changes, (s, n), since = parse_factors(factors), _share_of(share), time.perf_counter()
+    changes, shard, since = parse_factors(factors), current_share(share), time.perf_counter()
     before = drawn_images(out)
-    render_set(world, subjects, per_subject, out, size, seed, first, changes, margin, form, ext, truth, table, pick_device(device), (s, n))
+    render_set(world, subjects, per_subject, out, size, seed, first, changes, margin, form, ext, truth, table, pick_device(device), shard)
     seconds, after = time.perf_counter() - since, drawn_images(out)
-    if not (out/"render.json").exists():
-        return typer.echo(f"share {s + 1} of {n} is drawn, {seconds:.1f} s; when all are: cemiface set merge {out}")
+    if not (out/"render.json").exists(): end_of_share(shard, out)
     typer.echo(_rendered_summary(out, after, subjects, after - before, seconds))
 
 # %% ../../nbs/cli/05_sets.ipynb #fbcefa36

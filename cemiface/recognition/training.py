@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from pydantic import BaseModel, Field, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ from tqdm.auto import tqdm
 from ..core.files import write_whole
 from ..core.figures import figure_style
 from ..core.fingerprints import check_unchanged
-from ..core.machine import chosen_precision, default_device
-from ..data.faceset import AUGMENT_DRAWS, FaceSet, augment, batches, faces_fingerprint, lookups, to_float
+from ..core.machine import chosen_precision, default_device, launched
+from ..data.faceset import augment, AUGMENT_DRAWS, batches, faces_fingerprint, FaceSet, lookups, to_float
 from ..data.records import files_of
 from .backbones import BACKBONES, IResNet, backbone, folded
 from .margins import MARGINS, correct, margin_head
@@ -224,9 +225,11 @@ def fresh_accelerator(
     precision:str, # as accelerate names it, or auto
     **options, # of `Accelerator`: log_with, project_dir, ...
 )->Accelerator: # for this process
-    "An `Accelerator` whose precision does not depend on what ran in this process before."
+    "An `Accelerator` whose precision does not depend on what ran in this process before, nor its gradients on `ACCELERATE_GRADIENT_ACCUMULATION_STEPS`."
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=chosen_precision(precision), **options)
+    several_on_cpu = launched()[1] > 1 and default_device() == "cpu" # without a word accelerate takes each for the only one
+    return Accelerator(cpu=several_on_cpu, mixed_precision=chosen_precision(precision),
+                       gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), **options)
 
 # %% ../../nbs/recognition/03_training.ipynb #f1e5hback
 def fresh_backbone(

@@ -31,7 +31,7 @@ from ..world.people import PERSON, PHOTO, PRESETS
 from ..world.worlds import Photos, chunk_length, photograph, world_factors
 from ..data.images import encode_image
 from .factors import known_factors
-from .layout import checksum, filled, image_file, open_store, set_batches
+from .layout import check_division, checksum, filled, image_file, open_store, set_batches
 
 # %% ../../nbs/sets/07_blocks.ipynb #2f6ca50b
 @functools.cache
@@ -108,8 +108,9 @@ def begin_rendering(
     out:Path,
     config:dict, # of `render_config`
     device:str,
+    shares:int=1, # that the set is drawn in
 ):
-    "Claim a folder for a set, or go on with the one in it. ValueError if it holds something else or a set of other settings."
+    "Claim a folder for a set, or go on with the one in it. ValueError if it holds something else or a set of other settings or another division."
     there, used = rendered_config(out), out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir()))
     if there is None and (used or (out/WORK).exists() and any((out/WORK).glob("*-of-*"))):
         raise ValueError(f"{out} holds something else than a rendered set: choose an empty or a new folder")
@@ -118,9 +119,12 @@ def begin_rendering(
             raise ValueError(f"{out} holds a rendered set of other settings ({k} is {there.get(k)} there and {config[k]} here): "
                              "choose another folder, or repeat those settings")
     if (out/"render.json").exists(): return
-    write_whole(out/WORK/"render.json", json.dumps(dict(config=config)).encode())
-    note = json.dumps(environment_note(device))
-    write_whole(out/WORK/f"environment-{checksum(note.encode())[:16]}.json", note.encode())
+    note = out/WORK/"render.json"
+    begun = json.loads(note.read_bytes()).get("shares", shares) if note.exists() else shares
+    check_division(out, {begun}, shares)
+    write_whole(note, json.dumps(dict(config=config, shares=begun)).encode())
+    environment = json.dumps(environment_note(device)).encode()
+    write_whole(out/WORK/f"environment-{checksum(environment)[:16]}.json", environment)
 
 # %% ../../nbs/sets/07_blocks.ipynb #d564e88e
 def block_rows(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HALF_MILLION', 'PLANS', 'set_plan', 'image_seed', 'image_file', 'image_counts', 'set_batches', 'filled', 'batch_rows',
-           'set_rows', 'current_share', 'checksum', 'FolderStore', 'BatchStore', 'open_store', 'share_name', 'notes_of',
-           'start_share', 'finished', 'clean', 'write_share', 'share_lines', 'checked_images', 'manifest',
-           'merge_records', 'merge_set']
+           'set_rows', 'array_task', 'current_share', 'checksum', 'FolderStore', 'BatchStore', 'open_store',
+           'share_name', 'notes_of', 'divisions', 'check_division', 'start_share', 'finished', 'clean', 'write_share',
+           'share_lines', 'checked_images', 'manifest', 'merge_records', 'merge_set']
 
 # %% ../../nbs/sets/02_layout.ipynb #cada4af2
 import hashlib
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import encode_image
 from ..core.files import write_whole
+from ..core.machine import launched
 from ..data.recordio import RecordWriter, pack_image, read_payload, scan_records
 from ..data.records import Files
 
@@ -104,12 +105,30 @@ def set_rows(config:dict)->list[tuple]: # file, subject, image
     return [row for _, cells in set_batches(config) for row in batch_rows(config, counts, cells)]
 
 # %% ../../nbs/sets/02_layout.ipynb #fb8a4ba1
-def current_share(env:dict=os.environ)->tuple[int, int]: # which share of how many
-    "This process's share: of `accelerate launch` or torchrun, of a Slurm array, of both at once; else all."
-    rank, ranks = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-    task = (int(env.get("SLURM_ARRAY_TASK_ID", first)) - first)//step
-    return task*ranks + rank, ranks*int(env.get("SLURM_ARRAY_TASK_COUNT", 1))
+def array_task(env:dict=os.environ)->tuple[int, int]: # which task, from 0, of how many
+    "This task of a Slurm array. ValueError outside of one, and in a part of one, which has numbers of its own."
+    if "SLURM_ARRAY_TASK_ID" not in env:
+        raise ValueError("--share slurm: this is no task of a Slurm array: submit it with sbatch --array=1-5, or write --share 1/5")
+    task, first, last, count = (int(env[f"SLURM_ARRAY_TASK_{k}"]) for k in ("ID", "MIN", "MAX", "COUNT"))
+    step = int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+    if count == 1 or count != (last - first)//step + 1:
+        raise ValueError(f"--share slurm: this array has {count} task(s) with numbers from {first} to {last}, which do not say what share {task} "
+                         "is: submit the whole array, or write the share, such as --share 3/64")
+    return (task - first)//step, count
+
+def current_share(asked:str|None=None, # 2/5; slurm: this task of a job array; None: all
+                  env:dict=os.environ,
+                 )->tuple[int, int]: # which share, from 0, of how many
+    "The share that is asked for; each process of torchrun or `accelerate launch` has its part of it. ValueError for what is no share."
+    if asked is None: share, shares = 0, 1
+    elif asked == "slurm": share, shares = array_task(env)
+    else:
+        which, _, of = asked.partition("/")
+        if not (which.isdecimal() and of.isdecimal() and 1 <= int(which) <= int(of)):
+            raise ValueError(f"--share {asked}: write which of how many, from 1/5 to 5/5, or slurm in a job array")
+        share, shares = int(which) - 1, int(of)
+    rank, ranks = launched(env)
+    return share*ranks + rank, shares*ranks
 
 # %% ../../nbs/sets/02_layout.ipynb #7f67fde1
 def checksum(data:bytes)->str: return hashlib.sha256(data).hexdigest()
@@ -158,12 +177,25 @@ def notes_of(out:Path)->list[dict]: # config, environments, ...
     return [json.loads(path.read_bytes())
             for path in [out/"set.json", *sorted((out/".shares").glob("*-of-*.json"))] if path.exists()]
 
+def divisions(out:Path)->set[int]: # empty, if no share was started
+    "In how many shares an unfinished set was begun."
+    return {int(path.stem.split("-of-")[1]) for path in (out/".shares").glob("*-of-*.json")}
+
+def check_division(out:Path,
+                   begun:set, # of `divisions`
+                   shares:int, # that are asked for
+                  )->None:
+    "ValueError if a set was begun in another number of shares; a call for the whole may always go on."
+    if begun and shares > 1 and shares not in begun:
+        other = f"was begun in {max(begun)} shares" if max(begun) > 1 else "was begun as a whole"
+        raise ValueError(f"{out} {other}, and this is one of {shares}: choose another folder, or go on as it was begun; without a share, all that is left is drawn")
+
 def start_share(out:Path, # the set's folder
                 config:dict, # decides what the images are
                 shard:tuple, # which share of how many
                 **notes, # recorded, not compared; `environment` is added to a list
             )->None:
-    "Start a share of a set, or go on with it. ValueError if the folder holds something else or a set of another configuration."
+    "Start a share of a set, or go on with it. ValueError if the folder holds something else or a set of another configuration or division."
     used = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
     before, path = notes_of(out), out/".shares"/f"{share_name(shard)}.json"
     if used and not before:
@@ -173,6 +205,7 @@ def start_share(out:Path, # the set's folder
         differ = "; ".join(f"{k} is {old['config'].get(k)} there and {config.get(k)} here" for k in keys)
         if differ:
             raise ValueError(f"{out} holds a set of another configuration ({differ}): choose another folder, or repeat that configuration")
+    check_division(out, divisions(out), shard[1])
     environments = json.loads(path.read_bytes())["environments"] if path.exists() else []
     environments += [e for e in [notes.pop("environment")] if e not in environments]
     write_whole(path, (json.dumps({"config": config, "environments": environments, **notes}, indent=1) + "\n").encode())

@@ -248,7 +248,7 @@ def render_set(
     out = Path(out)
     config = render_config(world, subjects, per_subject, size, seed, first, factors, margin, form, ext, truth, table, batch_size)
     blocks = set_batches(config, share)
-    begin_rendering(out, config, device)
+    begin_rendering(out, config, device, share[1])
     if not (out/"render.json").exists(): write_blocks(out, config, blocks, device, progress)
     elif form == "folder": write_blocks(out, config, blocks, device, progress, table=False) # what was lost
     return out if share[1] > 1 and not (out/"render.json").exists() else merge_rendered(out, progress)

@@ -18,7 +18,8 @@ from torch import Tensor
 import torch
 
 from ..core.files import write_whole
-from ..core.machine import default_device
+from ..core.machine import default_device, launched
+from ..world.faces import world_faces
 from ..world.worlds import draw_world
 from ..data.faceset import FaceSet, open_faces, Picked
 from ..recognition.backbones import forward_flops
@@ -27,7 +28,7 @@ from ..recognition.training import embed, fresh_backbone, load_recogniser, Recog
 from ..recognition.verification import evaluate
 from ..generation.pipeline import place
 from ..sets.inquiries import select_inquiries
-from ..sets.layout import current_share, image_seed
+from ..sets.layout import divisions, image_seed
 from ..sets.stored import open_set
 from ..sets.synthesis import draw, generate_set
 from .models import Baseline, Generator, TrainedRecogniser
@@ -162,7 +163,10 @@ class GeneratedSet(Task):
                      runs if isinstance(runs, int) else list(runs), self.set_folder,
                      seed=self.seed, steps=self.steps, oversample=self.oversample, progress=shows_bars(), shard=shard)
 
-    def together(self): self.share(current_share())
+    def together(self):
+        rank, processes = launched()
+        shares = max(divisions(self.set_folder), default=processes) # as it was begun, by however many processes
+        for s in range(rank, shares, processes): self.share((s, shares))
 
     def make(self):
         self.share()

@@ -95,10 +95,10 @@ def end_with(parent:int):
     Thread(target=watch, daemon=True).start()
 
 def _one_of(rank:int, task, processes:int, port:int, parent:int):
-    "One of the processes: the environment that accelerate reads, and its GPU."
+    "One of the processes: the environment as torchrun would give it, and its GPU."
     end_with(parent)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
-                       MASTER_ADDR="localhost", MASTER_PORT=str(port))
+                       MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="cemiface")
     if torch.cuda.is_available(): torch.cuda.set_device(rank)
     else: os.environ["ACCELERATE_USE_CPU"] = "true"
     task.together()
