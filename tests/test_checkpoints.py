@@ -1,6 +1,11 @@
 "Public checkpoints against independent networks with the public names, and files that are partial, damaged or mean harm."
+import collections
+import datetime
+import functools
+import gzip
 import hashlib
 import os
+import pathlib
 import sys
 import types
 import zipfile
@@ -171,7 +176,8 @@ def lightning_class():
     assert not set(names) & set(sys.modules)
     for name in names: sys.modules[name] = types.ModuleType(name)
     cls = type("ModelCheckpoint", (), {"__module__": names[-1], "__init__": lambda self: setattr(self, "best", .9)})
-    sys.modules[names[-1]].ModelCheckpoint = cls
+    cls.settings = type("AttributeDict", (dict,), {"__module__": names[-1]})
+    sys.modules[names[-1]].ModelCheckpoint, sys.modules[names[-1]].AttributeDict = cls, cls.settings
     yield cls, lambda: [sys.modules.pop(name, None) for name in names]
     for name in names: sys.modules.pop(name, None)
 
@@ -191,6 +197,21 @@ def test_lightning_training(small, tmp_path, lightning_class):
     assert torch.allclose(found.centres, F.normalize(kernel.T)) and found.centres.shape == (5, 32)
     assert set(torch.serialization.get_safe_globals()) == set(allowed)
     with pytest.raises(Exception, match="Unsupported global"): torch.load(tmp_path / "epoch.ckpt", weights_only=True)
+
+
+def test_hyperparameters_of_any_kind_are_passed_over(small, tmp_path, lightning_class):
+    cls, forget = lightning_class
+    state = {f"model.{k}": v for k, v in small["AdaFace"].state_dict().items()}
+    settings = cls.settings(root=pathlib.PosixPath("/data"), limit=datetime.timedelta(hours=3), when=datetime.datetime(2024, 1, 1), tags={"a"}, rows=range(3),
+                            seen=collections.defaultdict(list, {"a": [1]}), nested=cls.settings(lr=.1), act=functools.partial(dict, a=1), z=complex(1, 2),
+                            names=types.SimpleNamespace(a=1), part=slice(1, 2), frozen=frozenset([1]))
+    for kept in (state, cls.settings(state)):
+        torch.save({"state_dict": kept, "hyper_parameters": settings}, tmp_path / "whole.ckpt")
+        forget()
+        assert load_checkpoint(tmp_path / "whole.ckpt").source["network"] == "AdaFace IR-18"
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"):
+            sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].AttributeDict = cls.settings
 
 
 def test_insightface_training_and_its_head(small, tmp_path):
@@ -225,6 +246,7 @@ WRONG = {
     "affine": ("AdaFace", lambda s: s.update({"output_layer.4.weight": torch.zeros(32)}), "1 not expected (output_layer.4.weight)"),
     "shape": ("InsightFace", lambda s: s.update({"fc.bias": torch.zeros(31)}), "1 of wrong shape (fc.bias [31] for [32])"),
     "nan": ("InsightFace", lambda s: s["bn1.running_var"].fill_(float("nan")), "1 not finite numbers (bn1.running_var)"),
+    "variance": ("AdaFace", lambda s: s["body.0.res_layer.0.running_var"].neg_(), "1 below zero (body.0.res_layer.0.running_var)"),
     "integer": ("AdaFace", lambda s: s.update({"input_layer.1.bias": torch.zeros(4, dtype=torch.long)}), "1 not finite numbers (input_layer.1.bias)"),
     "stretched": ("AdaFace", lambda s: s.update({"output_layer.3.weight": torch.zeros(1).expand(32, 128)}), "1 not finite numbers (output_layer.3.weight)"),
     "sparse": ("AdaFace", lambda s: s.update({"input_layer.1.bias": torch.ones(4).to_sparse()}), "1 not finite numbers (input_layer.1.bias)"),
@@ -332,7 +354,24 @@ def test_other_files(small, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"): read_tensors(tmp_path / "c.pth") # might unpack to anything
     with pytest.raises(FileNotFoundError, match="there is no file"): read_tensors(tmp_path)
     with zipfile.ZipFile(tmp_path / "z.pth", "w") as z: z.writestr("a", "b")
-    with pytest.raises(ValueError, match="cannot be read"): read_tensors(tmp_path / "z.pth")
+    with pytest.raises(ValueError, match="cannot be read.* is a packed file of a: unpack it"): read_tensors(tmp_path / "z.pth")
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), str(tmp_path / "script.pt"))
+    with pytest.raises(ValueError, match="is a TorchScript program"): read_tensors(tmp_path / "script.pt")
+
+
+@pytest.mark.parametrize("data,says", [
+    (b"", "is empty"), (b"<!DOCTYPE html>", "web page"), (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"), (b"\x08\x07\x12\x07pytorch", "ONNX graph"),
+    (b"\x12\x01\0\0\0\0\0\0\0\0", "MXNet"), (b"\x89HDF\r\n\x1a\n", "HDF5"), (b"\x93NUMPY\x01\0", "NumPy"), (gzip.compress(b"a"), "unpack it"),
+    (b"whatever it may be", "damaged or something else")])
+def test_the_message_says_what_the_file_is(data, says, tmp_path):
+    (tmp_path / "w.pth").write_bytes(data)
+    with pytest.raises(ValueError, match=f"w.pth cannot be read as a checkpoint: it .*{says}"): read_tensors(tmp_path / "w.pth")
+
+
+def test_safetensors_are_known_by_their_content(small, tmp_path):
+    state = {k: v.contiguous() for k, v in small["InsightFace"].state_dict().items()}
+    save_file(state, tmp_path / "w.pth")
+    assert len(read_tensors(tmp_path / "w.pth")) == len(state)
 
 
 # ---- folders and ONNX ----
@@ -368,6 +407,7 @@ def test_onnx_gives_the_same(shortcut, se, normalise, tmp_path, capfd):
     before = {k: v.clone() for k, v in net.state_dict().items()}
     capfd.readouterr()
     path = export_onnx(net, tmp_path / "new" / "m.onnx", normalise)
+    with pytest.raises(ValueError, match="is an ONNX graph"): load_checkpoint(path)
     assert capfd.readouterr() == ("", "") and net.training
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert [p.name for p in path.parent.iterdir()] == ["m.onnx"]      # weights inside, nothing beside

@@ -3,6 +3,7 @@ import os
 import pickle
 import random
 import struct
+import time
 import tracemalloc
 
 import numpy as np
@@ -34,8 +35,10 @@ def opened(tmp_path, data:bytes):
 @pytest.mark.parametrize("images", [
     PNGS, tuple(PNGS), [np.frombuffer(p, np.uint8) for p in PNGS], [np.frombuffer(p, np.uint8)[:, None] for p in PNGS],   # encoded
     list(PIXELS), [p.transpose(2, 0, 1) for p in PIXELS], [np.ascontiguousarray(p.transpose(2, 0, 1)) for p in PIXELS],  # pixels
-    [np.asfortranarray(p) for p in PIXELS], [np.flip(p, 1)[:, ::-1] for p in PIXELS]])
-@pytest.mark.parametrize("same", [SAME, [1, 0], np.array(SAME), list(np.array(SAME)), np.array([1, 0])])
+    [np.asfortranarray(p) for p in PIXELS], [np.flip(p, 1)[:, ::-1] for p in PIXELS],
+    PIXELS, np.ascontiguousarray(PIXELS.transpose(0, 3, 1, 2)), np.array(PNGS, object), np.array([*PIXELS, None], object)[:4]])   # in one array
+@pytest.mark.parametrize("same", [SAME, [1, 0], np.array(SAME), list(np.array(SAME)), np.array([1, 0]), [1., 0.], np.array([1., 0.]), np.array([1, 0], np.float16),
+    np.array([1, 0], np.uint8), list(np.array([1., 0.], np.float32)), np.array(SAME, object)])
 def test_every_protocol_and_form(tmp_path, protocol, images, same):
     p = opened(tmp_path, pickle.dumps((images, same), protocol))
     assert p.issame.tolist() == SAME and p.issame.dtype == torch.bool and p.index.tolist() == [0, 1, 2, 3]
@@ -146,6 +149,15 @@ def test_instructions_are_counted(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="more than 1000 instructions"): opened(tmp_path, b"](" + b"]" * 10**5 + b"e.")
 
 
+@pytest.mark.parametrize("data,says", [
+    (b"(" * 4_000_000, "nested more than 100 deep"), (b"](" + b"]" * 4_000_000, "more than 1000000 instructions"),
+    (b"\x80\x02](U\x01aq\x00" + b"h\x00" * 399_999 + b"e](" + b"\x88" * 200_000 + b"e\x86.", "400000 images, more than those of 100000 pairs")])
+def test_a_few_megabytes_take_a_few_seconds(tmp_path, data, says):
+    start = time.process_time()
+    with pytest.raises(ValueError, match=says): opened(tmp_path, data)
+    assert time.process_time() - start < 10
+
+
 VALID = [pickle.dumps((PNGS, SAME), p) for p in range(6)] + [pickle.dumps((list(PIXELS), np.array(SAME)), p) for p in (0, 2, 5)] + [python2(p, PNGS) for p in range(3)]
 
 
@@ -175,7 +187,8 @@ def test_random_and_mutated_files_raise_only_what_is_promised(tmp_path, monkeypa
     (PNGS, "not one of"), ((PNGS, SAME, SAME), "not one of"), ((PNGS[:3], SAME), "3 images and 2 labels"), (([], []), "at least one pair"),
     (([*PNGS[:3], None], SAME), r"image 3 \(pair 1\) is NoneType"), (([*PNGS[:3], "text"], SAME), "is str"),
     (([*PNGS[:3], np.zeros((8, 8), np.uint8)], SAME), r"image 3 \(pair 1\) is an array uint8 \[8, 8\]"), (([*PNGS[:3], np.zeros((8, 8, 3), np.int64)], SAME), "is an array int64"),
-    (([*PNGS[:3], np.zeros((8, 8, 3))], SAME), "other numbers than uint8"), ((PNGS, [True, 2]), "label of pair 1"), ((PNGS, [True, b"1"]), "label of pair 1"), ((PNGS, np.array([[1, 0, 1]])), "4 images and 3 labels")])
+    (([*PNGS[:3], np.zeros((8, 8, 3))], SAME), r"image 3 \(pair 1\) is an array float64"), (([*PNGS[:3], np.zeros(3, complex)], SAME), "array of c16"),
+    ((PNGS, [1., .7]), "label of pair 1"), ((PNGS, np.array([float("nan"), 1.])), "label of pair 0"), ((PNGS, [True, 2]), "label of pair 1"), ((PNGS, [True, b"1"]), "label of pair 1"), ((PNGS, np.array([[1, 0, 1]])), "4 images and 3 labels")])
 def test_other_pickles(tmp_path, content, says):
     with pytest.raises(ValueError, match=says): opened(tmp_path, pickle.dumps(content))
 
