@@ -1,4 +1,6 @@
 "The verification protocol against plain loops, SciPy's interpolation and scikit-learn, on thresholds' edges too."
+import warnings
+
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -124,7 +126,20 @@ def test_limits():
     constant = verify_distances(np.ones(100), same)
     assert constant.accuracy == constant.auc == .5
     assert set(constant.tar_at_far.values()) == {1.}                              # the FAR jumps from 0 to 1, and the threshold lies in the jump
+    assert set(constant.far_reached.values()) == {1.} and set(perfect.far_reached.values()) == {0.}
     assert perfect.resolves(.02) and not perfect.resolves(.019)                   # fifty different pairs: steps of 1/50
+
+
+def test_a_table_shows_no_tar_at_another_far():
+    rng, same = np.random.default_rng(0), np.tile([True, False], 2000)
+    with pytest.warns(UserWarning, match="no TAR at FAR 0.001: its threshold accepts 100% of the different pairs"):
+        table = results_table({"collapsed": verify_distances(np.ones(4000), same)})
+    assert np.isnan(table.loc["collapsed", "tar@0.001"]) and table.loc["collapsed", "accuracy"] == 50
+    noisy = verify_distances(np.where(same, .8, 1.2) + rng.normal(0, .2, 4000), same)
+    fold, cuts = _fold_index(4000, 10), _far_thresholds(noisy.distance, same, _fold_index(4000, 10), (1e-3,))[0]
+    reached = np.mean([np.mean(noisy.distance[(fold == f) & ~same] < cuts[f]) for f in range(10)])
+    assert noisy.far_reached[1e-3] == pytest.approx(reached) and 0 < reached < .01
+    with warnings.catch_warnings(action="error"): assert results_table({"noisy": noisy}).loc["noisy", "tar@0.001"] > 0
 
 
 @pytest.mark.parametrize("emb,same,says", [

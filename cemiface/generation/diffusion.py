@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'noise_scheduler', 'x0_from_eps', 'eps_from_output', 'patch_side', 'image_size', 'predict', 'noise_weight',
-           'ddim_scheduler', 'denoise', 'starting_noise', 'image_noise']
+           'ddim_scheduler', 'StepsOfLength', 'denoise', 'starting_noise', 'image_noise']
 
 # %% ../../nbs/generation/01_diffusion.ipynb #445f67e1
 import inspect
@@ -107,6 +107,11 @@ def ddim_scheduler(snr_scale:float=1., # of the training, see `noise_scheduler`
                                      timestep_spacing="trailing")
 
 # %% ../../nbs/generation/01_diffusion.ipynb #8afe3d39
+class StepsOfLength:
+    "Takes the place of DDIM's number of steps: T divided by it is the way to the next time step, whole and exact."
+    def __init__(self, length:int): self.length = length
+    def __rfloordiv__(self, T:int)->int: return self.length
+
 def denoise(unet:UNet2DConditionModel,
             scheduler:SchedulerMixin,
             tokens:Tensor, # [B,tokens,C] the condition, the same at every step
@@ -121,11 +126,14 @@ def denoise(unet:UNet2DConditionModel,
         raise ValueError(f"{steps} sampling steps: choose between 1 and {scheduler.config.num_train_timesteps}")
     scheduler.set_timesteps(steps, device=noise.device)
     own = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    visited = [*scheduler.timesteps.tolist(), -1]
     xt = noise * scheduler.init_noise_sigma
     for i, t in enumerate(bar(scheduler.timesteps)):
+        if isinstance(scheduler, DDIMScheduler): scheduler.num_inference_steps = StepsOfLength(visited[i] - visited[i+1])
         eps = predict(unet, scheduler.scale_model_input(xt, t).to(unet.dtype), t, tokens).to(xt.dtype)
         xt = scheduler.step(eps, t, xt, **own).prev_sample
         if on_step: xt = on_step(i, t, xt)
+    scheduler.num_inference_steps = steps
     if not xt.isfinite().all():
         raise ValueError("the generator's output is not finite: its weights are damaged, or its precision too low")
     return xt.clamp(-1, 1)

@@ -8,6 +8,7 @@ __all__ = ['FIVE', 'CASIA_AVG', 'pair_distances', 'Verification', 'verify_distan
            'evaluate', 'table_over_seeds']
 
 # %% ../../nbs/recognition/05_verification.ipynb #5652fb9d
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -86,15 +87,17 @@ def _far_thresholds(distance:np.ndarray, # [P]
     return np.array([[np.interp(far, r, grid) if r[-1] >= far else 0. for r in rate] for far in fars])
 
 # %% ../../nbs/recognition/05_verification.ipynb #2970d2db
-def _fold_tars(distance:np.ndarray, # [P]
+def _fold_rates(distance:np.ndarray, # [P]
     issame:np.ndarray, # [P] bool
     fold:np.ndarray, # [P] int
     fars:tuple, # F target false accept rates in (0,1]
-)->dict: # FAR -> TAR in [0,1]
-    "TAR at each FAR: mean over the folds that hold same pairs, each at the threshold of the others."
+)->tuple[dict, dict]: # FAR -> TAR, and FAR -> FAR that was reached, in [0,1]
+    "TAR and FAR at each target: means over the folds that hold such pairs, each at the threshold of the others."
     accepted = distance < _far_thresholds(distance, issame, fold, fars)[:, fold]
-    same = np.bincount(fold, issame)
-    return {far: float((np.bincount(fold, a & issame)[same > 0] / same[same > 0]).mean()) for far, a in zip(fars, accepted)}
+    def rates(kind):
+        pairs = np.bincount(fold, kind)
+        return {far: float((np.bincount(fold, a & kind)[pairs > 0] / pairs[pairs > 0]).mean()) for far, a in zip(fars, accepted)}
+    return rates(issame), rates(~issame)
 
 # %% ../../nbs/recognition/05_verification.ipynb #5f0a4930
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Verification:
     fold_accuracy:np.ndarray # [folds]
     threshold:np.ndarray # [folds] squared distances, each chosen on the other folds
     tar_at_far:dict # FAR -> TAR
+    far_reached:dict # FAR -> FAR on the held-out folds, as InsightFace reports it; far above: the TAR means nothing
     auc:float # area under the ROC of all pairs
     distance:np.ndarray # [P] squared distances
     issame:np.ndarray # [P] bool
@@ -128,7 +132,7 @@ def verify_distances(distance:np.ndarray, # [P] squared distances
     threshold = _accuracy_thresholds(distance, issame, fold)
     correct = (distance < threshold[fold]) == issame
     acc = np.bincount(fold, correct) / np.bincount(fold)
-    return Verification(float(acc.mean()), float(acc.std()), acc, threshold, _fold_tars(distance, issame, fold, fars),
+    return Verification(float(acc.mean()), float(acc.std()), acc, threshold, *_fold_rates(distance, issame, fold, fars),
         float(roc_auc_score(issame, -distance)), distance, issame, correct)
 
 # %% ../../nbs/recognition/05_verification.ipynb #1c164a22
@@ -266,9 +270,12 @@ CASIA_AVG = 94.26                                           # Table 6: CASIA-Web
 
 # %% ../../nbs/recognition/05_verification.ipynb #bd009937
 def _result_row(v:Verification)->dict: # percent
-    "One row of a results table; a TAR that the set cannot resolve is NaN."
+    "One row of a results table; a TAR that the set cannot resolve is NaN, and with a warning one at another FAR than it says."
     low, high = bootstrap_ci(v.correct)
-    tars = {f"tar@{far:g}": 100 * tar if v.resolves(far) else np.nan for far, tar in v.tar_at_far.items()}
+    beside = {far: reached for far, reached in v.far_reached.items() if reached > 10 * far and v.resolves(far)}
+    for far, reached in beside.items():
+        warnings.warn(f"no TAR at FAR {far:g}: its threshold accepts {100 * reached:.3g}% of the different pairs; have the embeddings collapsed?")
+    tars = {f"tar@{far:g}": 100 * tar if v.resolves(far) and far not in beside else np.nan for far, tar in v.tar_at_far.items()}
     return dict(pairs=len(v.issame), accuracy=100 * v.accuracy, std=100 * v.std, ci_low=100 * low, ci_high=100 * high, auc=100 * v.auc, **tars)
 
 # %% ../../nbs/recognition/05_verification.ipynb #b2da7753
