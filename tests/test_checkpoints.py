@@ -361,7 +361,7 @@ def test_other_files(small, tmp_path):
 
 @pytest.mark.parametrize("data,says", [
     (b"", "is empty"), (b"<!DOCTYPE html>", "web page"), (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"), (b"\x08\x07\x12\x07pytorch", "ONNX graph"),
-    (b"\x12\x01\0\0\0\0\0\0\0\0", "MXNet"), (b"\x89HDF\r\n\x1a\n", "HDF5"), (b"\x93NUMPY\x01\0", "NumPy"), (gzip.compress(b"a"), "unpack it"),
+    (b"\x12\x01\0\0\0\0\0\0\0\0", "MXNet"), (b"\x89HDF\r\n\x1a\n", "HDF5"), (b"\x93NUMPY\x01\0", "NumPy"), (gzip.compress(b"a", mtime=0), "unpack it"),
     (b"whatever it may be", "damaged or something else")])
 def test_the_message_says_what_the_file_is(data, says, tmp_path):
     (tmp_path / "w.pth").write_bytes(data)

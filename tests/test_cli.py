@@ -41,7 +41,7 @@ def error(status, *words):
     answer = run(*words)
     assert answer.exit_code == status, answer.output
     lines = answer.output.strip().splitlines()
-    assert "Traceback" not in answer.output and lines[-1].startswith(f"cemiface {words[0]}: "), answer.output
+    assert "Traceback" not in answer.output and lines[-1].startswith((f"cemiface {words[0]}: ", f"cemiface {' '.join(map(str, words[:2]))}: ")), answer.output
     return lines[-1]
 
 
@@ -281,6 +281,27 @@ def test_from_a_folder_to_groups_as_sets_to_a_recogniser_on_one(folder, model, t
     assert "8 images of 4 subjects" in ok("train-recogniser", "--data", tmp_path / "means" / "group_1.txt", "--out", tmp_path / "m", *TINY[:8], "--batch-size", 4)
     assert "class centres" in error(2, "groups", "--data", folder, "--recogniser", model, "--subjects", 3, "--out", tmp_path / "x", "--centres", "weights", "--n-groups", 4)
     assert "rendered" in error(2, "groups", "--data", "proc:casia", "--subjects", 2, "--recogniser", model, "--out", tmp_path / "y", "--write", "list")
+
+
+def test_sets_that_a_walk_or_a_list_would_half_see(folder, tmp_path):
+    nested = tmp_path / "nested"
+    for k, p in enumerate(sorted(folder.rglob("*.jpg"))):
+        (nested / str(k % 2) / p.parent.name).mkdir(parents=True, exist_ok=True)
+        (nested / str(k % 2) / p.parent.name / p.name).write_bytes(p.read_bytes())
+    assert "--depth N" in error(2, "data", "lint", nested) and "are both called" in error(2, "data", "lint", nested, "--depth", 2)
+    assert "32 images of 2 subjects" in run("data", "lint", nested, "--depth", 1).output
+    assert "32 images of 2 subjects" in ok("data", "convert", nested, tmp_path / "faces.txt", "--depth", 1) and len(open_encoded(tmp_path / "faces.txt")) == 32
+    (folder2 := tmp_path / "set").mkdir()
+    for p in sorted(folder.rglob("*.jpg")): (folder2 / p.parent.name).mkdir(exist_ok=True); (folder2 / p.parent.name / p.name).write_bytes(p.read_bytes())
+    assert run("data", "lint", folder2, "--strict").exit_code == 0
+    (folder2 / "missed" / "session").mkdir(parents=True); (folder2 / "missed" / "session" / "0.jpg").write_bytes(b"x")
+    said = run("data", "lint", folder2)
+    assert said.exit_code == 0 and "empty subject: 1" in said.output and "deeper picture: 1" in said.output and run("data", "lint", folder2, "--strict").exit_code == 1
+    assert "missed: no image" in error(2, "data", "convert", folder2, tmp_path / "rec", "--strict")
+    assert "missed: no image" in error(2, "train-recogniser", "--data", folder2, "--out", tmp_path / "m", "--strict", *TINY)
+    (tmp_path / "who.csv").write_text("path,who\n" + "".join(f"{p.relative_to(tmp_path)},{k % 3}\n" for k, p in enumerate(sorted(folder2.glob("*/*.jpg")))))
+    assert "columns who are not known" in error(2, "data", "lint", tmp_path / "who.csv") and "--label-column" in error(2, "data", "convert", tmp_path / "who.csv", tmp_path / "rec")
+    assert "32 images of 3 subjects" in ok("data", "convert", tmp_path / "who.csv", tmp_path / "own.txt", "--label-column", "who")
 
 
 def test_data_commands(folder, bins, tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from cemiface.data import images as image_files
-from cemiface.data.images import decode_image, encode_image, list_folder, natural_key, read_image, write_folder
+from cemiface.data.images import FORMATS, decode_image, encode_image, list_folder, list_loose, natural_key, read_image, write_folder
 from cemiface.core.files import write_whole
 
 
@@ -121,11 +121,26 @@ def test_a_phone_picture_with_previews_is_a_still():
     assert torch.equal(decode_image(data), torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize("fmt", ["TIFF", "PPM", "ICO", "EPS"])
+@pytest.mark.parametrize("fmt", ["ICO", "EPS", "TGA", "PCX"])
 def test_other_formats_are_not_even_tried(fmt):
     data = saved(pil(noise()), fmt)
     with pytest.raises(ValueError, match="not one of JPEG, PNG"):
         decode_image(data, "odd.jpg")
+
+
+@pytest.mark.parametrize("fmt", ["TIFF", "PPM", "BMP", "GIF", "AVIF"])
+def test_less_usual_formats_are_read_as_pillow_reads_them(tmp_path, fmt):
+    if fmt not in FORMATS: pytest.skip(f"this Pillow reads no {fmt}")
+    suffix = {"TIFF": ".tif", "AVIF": ".avif", "GIF": ".gif", "PPM": ".ppm", "BMP": ".bmp"}[fmt]
+    data = saved(pil(noise()), fmt)
+    path = write_whole(tmp_path/"a"/f"0{suffix}", data)
+    assert list_folder(tmp_path)[0] == [path]
+    assert torch.equal(read_image(path), torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1))
+
+
+def test_pixels_without_a_range_and_pages_are_refused():
+    with pytest.raises(ValueError, match="x.tif: its pixels are floating-point numbers"): decode_image(saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "x.tif")
+    with pytest.raises(ValueError, match="x.tif: a document of 2 pages: save one"): decode_image(saved(pil(noise()), "TIFF", save_all=True, append_images=[pil(noise(seed=1))]), "x.tif")
 
 
 # -- modes --
@@ -239,7 +254,7 @@ def test_kill_in_the_middle_of_writing(tmp_path):
             "files.write_whole(sys.argv[1], b'half')")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path/"s"/"0.png")], timeout=120)
     assert done.returncode == -9
-    paths, _, _ = list_folder(tmp_path)
+    paths, *_ = list_folder(tmp_path)
     assert [p.name for p in paths] == ["0.png"] and torch.equal(read_image(paths[0]), noise())
 
 
@@ -248,10 +263,10 @@ def test_kill_in_the_middle_of_writing(tmp_path):
 def test_natural_order_of_subjects_and_images(tmp_path):
     images = torch.stack([noise(8, s) for s in range(24)])
     labels = torch.arange(2).repeat_interleave(12)
-    paths, got, subjects = list_folder(write_folder(tmp_path/"a", images, labels))
+    paths, got, subjects, _ = list_folder(write_folder(tmp_path/"a", images, labels))
     assert [p.name for p in paths[:12]] == [f"{k}.png" for k in range(12)] and torch.equal(got, labels)
     assert torch.equal(torch.stack([read_image(p) for p in paths]), images)
-    _, _, subjects = list_folder(write_folder(tmp_path/"b", images, torch.arange(24)))
+    _, _, subjects, _ = list_folder(write_folder(tmp_path/"b", images, torch.arange(24)))
     assert subjects == [str(i) for i in range(24)]
 
 
@@ -271,13 +286,90 @@ def test_natural_order_is_total(names, random):
 
 def test_what_is_no_image_is_ignored(tmp_path):
     root = write_folder(tmp_path/"set", torch.stack([noise(8)]*3), torch.tensor([0, 0, 1]))
-    for name in ("0/notes.txt", "0/.DS_Store", "0/._0.png", "0/Thumbs.db", "README.md", ".git/0.png", "2/only.txt", "0/deeper/0.png"):
+    for name in ("0/notes.txt", "0/.DS_Store", "0/._0.png", "0/Thumbs.db", "README.md", "LICENSE", ".git/0.png", "2/only.txt", "0/deeper/0.png"):
         write_whole(root/name, b"x")
     (root/"0"/"folder.png").mkdir()
     write_whole(root/"1"/"UPPER.JPG", encode_image(noise(8), "jpg"))
-    paths, labels, subjects = list_folder(root)
+    paths, labels, subjects, left = list_folder(root)
     assert [str(p.relative_to(root)) for p in paths] == ["0/0.png", "0/1.png", "1/0.png", "1/UPPER.JPG"]
     assert labels.tolist() == [0, 0, 1, 1] and labels.dtype == torch.int64 and subjects == ["0", "1"]
+    assert {kind: [line.split(":")[0] for line in lines] for kind, lines in left.items()} == {"empty subject": [f"{root}/2"], "deeper picture": [f"{root}/0/deeper/0.png"]}
+
+
+def walked(root, depth=None):
+    "What is found, and what is left out by kind, both below `root`."
+    paths, labels, subjects, left = list_folder(root, depth)
+    return ({str(p.relative_to(root)): subjects[k] for p, k in zip(paths, labels.tolist())},
+            {kind: [line.removeprefix(f"{root}/").split(":")[0] for line in lines] for kind, lines in left.items()})
+
+
+def test_every_picture_is_found_or_named(tmp_path):
+    "Random trees: each picture is an image of the set, or stands in a line of its own."
+    rng = np.random.default_rng(0)
+    for trial in range(20):
+        root, made = tmp_path/str(trial), []
+        for k in range(12):
+            folders = [str(n) for n in rng.integers(0, 3, rng.integers(0, 4))]
+            made.append("/".join([*folders, f"p{k}{rng.choice(['.jpg', '.TIF', '.heic', '.jfif', '', '.jpg_large'])}"]))
+            write_whole(root/made[-1], b"x")
+        write_whole(root/"0"/"sure.jpg", b"x")
+        write_whole(root/"1"/"sure.jpg", b"x")
+        for depth in (None, 1):
+            found, left = walked(root, depth)
+            left.pop("empty subject", None)
+            named = [name for names in left.values() for name in names]
+            expected = {*made, "0/sure.jpg", "1/sure.jpg"}
+            assert len(named) == len(set(named)) and set(found) | set(named) == expected and not set(found) & set(named)
+            assert all(name.split("/")[0] == subject for name, subject in found.items())
+            assert depth is None or "deeper picture" not in left
+
+
+def test_subjects_without_images_and_links_are_named(tmp_path):
+    root = write_folder(tmp_path/"set", torch.stack([noise(8)]*2), torch.tensor([0, 1]))
+    write_whole(root/"B"/"session1"/"1.jpg", b"x"); write_whole(root/"C"/"1.heic", b"x"); (root/"D").mkdir()
+    (root/"0"/"1.jpg").symlink_to("gone.jpg"); (root/"E").symlink_to("gone"); (root/"0"/"loop").symlink_to(root); (root/"0"/"self.jpg").symlink_to("self.jpg")
+    (tmp_path/"far").mkdir(); write_whole(tmp_path/"far"/"0.png", b"x"); (root/"F").symlink_to(tmp_path/"far"); (root/"1"/"linked.png").symlink_to(tmp_path/"far"/"0.png")
+    found, left = walked(root)
+    assert found == {"0/0.png": "0", "1/0.png": "1", "1/linked.png": "1", "F/0.png": "F"}          # links that lead somewhere are followed
+    assert left == {"empty subject": ["B", "C", "D"], "deeper picture": ["B/session1/1.jpg"], "unread picture": ["C/1.heic"], "dead link": ["E", "0/1.jpg", "0/self.jpg", "0/loop"]}
+    found, left = walked(root, 1)
+    assert found["B/session1/1.jpg"] == "B" and left["empty subject"] == ["C", "D"]
+
+
+def test_nested_folders(tmp_path):
+    root = tmp_path/"nested"
+    for k in range(12): write_whole(root/f"{k//6}"/f"{k//6}_{k//3}"/f"{k}"/"x.jpg", b"x")
+    with pytest.raises(ValueError, match="12 images lie deeper .* first is 0/0_0/0/x.jpg.*--depth N.* 1 for 0, 2 for 0_0, 3 for 0;"): list_folder(root)
+    for depth, subjects in ((1, ["0", "1"]), (2, ["0_0", "0_1", "1_2", "1_3"]), (3, [str(k) for k in range(12)])):
+        paths, labels, got, left = list_folder(root, depth)
+        assert got == subjects and len(paths) == 12 and left == {}
+        assert [p.relative_to(root).parts[depth-1] for p in paths] == [got[k] for k in labels]
+    with pytest.raises(ValueError, match="12 images but no folders of subjects at depth 4"): list_folder(root, 4)
+    with pytest.raises(ValueError, match="at least 1"): list_folder(root, 0)
+    write_whole(root/"1"/"1_3"/"0"/"x.jpg", b"x")
+    with pytest.raises(ValueError, match="are both called 0: rename"): list_folder(root, 3)
+
+
+def test_a_folder_that_stands_alone_is_passed_through(tmp_path):
+    write_folder(tmp_path/"a", torch.stack([noise(8)]*2), torch.tensor([0, 1]))
+    for top in (tmp_path, tmp_path/"a"):
+        if top == tmp_path:
+            with pytest.warns(UserWarning, match="a stands alone"): got = list_folder(top)
+        else: got = list_folder(top)
+        assert got[2] == ["0", "1"] and got[3] == {}
+    (tmp_path/"b").mkdir(); (tmp_path/"b"/"only").symlink_to(tmp_path/"b")                        # a circle
+    with pytest.raises(ValueError, match="no images"): list_folder(tmp_path/"b")
+
+
+def test_what_the_package_puts_beside_subjects_is_no_loose_picture(tmp_path):
+    root = write_folder(tmp_path/"set", torch.stack([noise(8)]*2), torch.tensor([0, 1]))
+    for name in ("sheet.png", "contact_sheet.png", "parts/0/0.png"): write_whole(root/name, b"x")
+    assert walked(root) == ({"0/0.png": "0", "1/0.png": "1"}, {}) and list_loose(root) == ([], [])
+    write_whole(root/"loose.png", b"x")
+    assert walked(root)[1] == {"loose picture": ["loose.png"]}
+    with pytest.raises(ValueError, match="1 images lie beside 2 folders, the first are loose.png and 0: which"): list_loose(root)
+    write_whole(tmp_path/"flat"/"a.png", b"x"); write_whole(tmp_path/"flat"/"b.heic", b"x")
+    assert list_loose(tmp_path/"flat") == ([tmp_path/"flat"/"a.png"], [f"{tmp_path}/flat/b.heic: .heic is not read here: save it as .png or .jpg"])
 
 
 def test_clear_errors_for_what_is_no_set(tmp_path):

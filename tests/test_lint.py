@@ -43,9 +43,9 @@ FACE = Image.fromarray(skin(0).permute(1, 2, 0).numpy())
 HOSTILE = {"zero": b"", "text": b"<html>404</html>", "cut jpg": encode_image(skin(1), "jpg")[:400], "cut png": encode_image(skin(2))[:-300],
            "bomb": png_header(60000, 60000), "large": png_header(20000, 4000), "dot": saved(FACE.resize((1, 1)), "PNG"),
            "gif": saved(FACE, "GIF", save_all=True, append_images=[FACE.rotate(90)]), "apng": saved(FACE, "PNG", save_all=True, append_images=[FACE.rotate(90)]),
-           "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n", "tiff": saved(FACE, "TIFF")}
+           "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n", "pages": saved(FACE, "TIFF", save_all=True, append_images=[FACE.rotate(90)])}
 ODD = {"cmyk": saved(FACE.convert("CMYK"), "JPEG"), "palette": saved(FACE.quantize(64), "PNG"), "alpha": saved(FACE.convert("RGBA"), "PNG"),
-       "webp": saved(FACE, "WEBP"), "one frame": saved(FACE, "GIF")}
+       "webp": saved(FACE, "WEBP"), "one frame": saved(FACE, "GIF"), "tiff": saved(FACE, "TIFF"), "ppm": saved(FACE, "PPM")}
 GREY = {"16 bit": saved(Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32)*60), "PNG"), "grey": saved(FACE.convert("L"), "JPEG")}
 WIDE = saved(FACE.resize((20_000, 40)), "PNG")
 
@@ -135,7 +135,26 @@ def test_a_file_that_vanishes_is_counted(tmp_path):
 
 
 def test_a_set_of_nothing_but_damaged_images(tmp_path):
-    assert found(as_folder(tmp_path, [[b"", b"x"], [b"y", b"z"]])) == {"unreadable": 4}
+    assert found(as_folder(tmp_path, [[b"", b"x"], [b"y", b"z"]])) == {"unreadable": 4, "empty subject": 2}
+
+
+def test_pictures_that_no_walk_sees_are_rules(tmp_path):
+    "`set/A/1.jpg`, `set/B/session1/1.jpg`, `set/C/1.heic`: one subject, and two that are missed."
+    write_whole(tmp_path/"A"/"1.jpg", encode_image(skin(1), "jpg")); write_whole(tmp_path/"B"/"session1"/"1.jpg", encode_image(skin(2), "jpg"))
+    write_whole(tmp_path/"C"/"1.heic", b"x"); write_whole(tmp_path/"D"/"1.tif", saved(FACE, "TIFF")); (tmp_path/"A"/"2.jpg").symlink_to("gone")
+    report = lint(tmp_path)
+    assert report.size == "2 images of 2 subjects" and report.status() == 0 and report.status(strict=True) == 1
+    assert dict(zip(report.table.rule, report.table["count"])) == {"empty subject": 2, "deeper picture": 1, "unread picture": 1, "dead link": 1, "one image": 2}
+    assert lint(tmp_path, depth=1).size == "3 images of 3 subjects"
+
+
+def test_a_list_with_columns_of_its_own(tmp_path):
+    subjects = good()
+    as_folder(tmp_path/"1999-01-01", subjects)
+    write_whole(tmp_path/"faces.csv", ("img,who\n"+"".join(f"1999-01-01/s{k}/{i}.jpg,{k}\n" for k, images in enumerate(subjects) for i in range(len(images)))).encode())
+    with pytest.raises(ValueError, match="img, who"): lint(tmp_path/"faces.csv")
+    assert found(tmp_path/"faces.csv", path_column="img", label_column="who") == {}
+    with pytest.raises(ValueError, match="depth is for nested folders"): lint(tmp_path/"faces.csv", path_column="img", label_column="who", depth=2)
 
 
 # -- labels --

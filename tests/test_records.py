@@ -1,5 +1,5 @@
 """Record files, lists and conversions against plain loops, kills, several processes and hostile bytes."""
-import os, pickle, signal, struct, subprocess, sys, time, tracemalloc, warnings
+import io, os, pickle, signal, struct, subprocess, sys, time, tracemalloc, warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
 
 from cemiface.bench.recognition import bench_records
 from cemiface.data.convert import convert, left_out
-from cemiface.data.images import decode_image, encode_image, natural_key, write_folder
+from cemiface.core.files import write_whole
+from cemiface.data.images import FORMATS, decode_image, encode_image, natural_key, write_folder
 from cemiface.data.lint import lint
+from cemiface.data.pairs import open_pairs
 from cemiface.data.recordio import MAGIC, RecordFile, RecordWriter, pack_image, pack_record, read_payload, scan_records
 from cemiface.data.records import Encoded, Files, open_encoded, write_list
 
@@ -308,6 +311,68 @@ def test_the_current_folder(tmp_path, faces, monkeypatch):
         assert open_encoded(source).name == name
     for to in ("records", "folder", "list"):
         with pytest.raises(ValueError, match="a name of its own: give a new"): convert(faces, ".", to)
+
+
+# ---- headers and encodings
+
+TABLES = {"path,person_id\n{0},anna\n{1},boris\n": 2, ",path,label\n0,{0},anna\n1,{1},boris\n": 2, "Unnamed: 0,image_path,label\n0,{0},1\n1,{1},2\n": 2,
+          "file_name,width,identity\n{0},112,anna\n{1},112,boris\n": 2, "PATH\tLabel\tx1\n{0}\ta\t1.5\n{1}\tb\t2.5\n": 2, "path\n{0}\n{1}\n": 1, ",path\n0,{0}\n1,{1}\n": 1}
+
+@pytest.mark.parametrize("text", TABLES)
+def test_headers_that_are_known(tmp_path, text):
+    for k in range(2): write_whole(tmp_path/"1999"/f"{k}.jpg", b"%d" % k)
+    (tmp_path/"mine.csv").write_text(text.format("1999/0.jpg", "1999/1.jpg"))
+    found = quietly(open_encoded, tmp_path/"mine.csv")
+    assert len(found.subjects) == TABLES[text] and _read_all(found) == [b"0", b"1"]
+
+
+UNKNOWN = {"path,who\n{0},anna\n": "line 1: the columns who are not known.*--label-column NAME", "path,who,when\n{0},anna,1999\n": "the columns who, when are not known",
+           "img,label\n{0},anna\n": "img, label, is known to hold paths.*--path-column NAME", "path,label,person_id\n{0},1,anna\n": "label and person_id could each be the label.*--label-column label",
+           "image_path,file_name,label\n{0},x,1\n": "image_path and file_name could each be the path", "path,label\n": "names no image below its first line, path,label"}
+
+@pytest.mark.parametrize("text", UNKNOWN)
+def test_headers_that_are_not_known_are_named(tmp_path, text):
+    write_whole(tmp_path/"1999"/"0.jpg", b"0")
+    (tmp_path/"mine.csv").write_text(text.format("1999/0.jpg"))
+    with pytest.raises(ValueError, match=f"mine.csv.*{UNKNOWN[text]}"): open_encoded(tmp_path/"mine.csv")
+
+
+def test_columns_that_are_named(tmp_path):
+    for k in range(2): write_whole(tmp_path/"1999"/f"{k}.jpg", b"%d" % k)
+    (tmp_path/"mine.csv").write_text("label,Who,img,path\n7,anna,1999/0.jpg,x\n7,boris,1999/1.jpg,y\n")
+    found = open_encoded(tmp_path/"mine.csv", path_column="img", label_column="who")
+    assert found.subjects == ["anna", "boris"] and _read_all(found) == [b"0", b"1"]
+    with pytest.raises(ValueError, match="no column 'face'.*label, Who, img, path"): open_encoded(tmp_path/"mine.csv", path_column="face")
+    for source, how in ((tmp_path, dict(label_column="who")), (tmp_path/"mine.csv", dict(depth=2))):
+        with pytest.raises(ValueError, match="columns are for list files|a depth is for nested folders"): open_encoded(source, **how)
+
+
+@pytest.mark.parametrize("encoding, name", [("utf-16", "UTF-16,"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32"), ("cp1252", "byte 0xe9 in line 2.*Windows-1252"), ("gbk", "line 2 is no UTF-8.*GBK")])
+def test_other_encodings_are_named(tmp_path, encoding, name):
+    person = "张伟" if encoding == "gbk" else "José"
+    for file, text in (("mine.csv", f"path,label\na/0.jpg,{person}\n"), ("pairs.txt", f"a/0.jpg\tb/0.jpg\t1\n{person}/0.jpg\ta/0.jpg\t0\n")):
+        (tmp_path/file).write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match=f"{file}: .*{name}.*iconv") as e: (open_pairs if file == "pairs.txt" else open_encoded)(tmp_path/file)
+        assert str(e.value).count(file) == 1
+
+
+def test_pictures_left_out_of_a_folder_are_in_the_set_s_account(tmp_path):
+    write_folder(tmp_path/"set", torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]))
+    write_whole(tmp_path/"set"/"2"/"deep"/"0.jpg", b"x")
+    with pytest.warns(UserWarning, match="2 left out, the first: .*set/2: no image of this subject"): found = open_encoded(tmp_path/"set")
+    assert len(found) == 4 and len(found.skipped) == 2
+    with pytest.raises(ValueError, match="set/2: no image"): convert(tmp_path/"set", tmp_path/"out", strict=True)
+    assert len(quietly(convert, tmp_path/"set", tmp_path/"out").skipped) == 2
+
+
+@pytest.mark.parametrize("form, suffix", [("TIFF", ".tif"), ("PPM", ".ppm"), ("AVIF", ".avif"), ("WEBP", ".webp"), ("GIF", ".png")])
+def test_less_usual_formats_are_converted_under_their_suffix(tmp_path, form, suffix):
+    if form not in FORMATS: pytest.skip(f"this Pillow reads no {form}")
+    for k in range(2):
+        Image.new("RGB", (16, 16), (200, 100, 50*k)).save(data := io.BytesIO(), form)
+        write_whole(tmp_path/"set"/str(k)/"0.jpg", data.getvalue())
+    found = quietly(convert, tmp_path/"set", tmp_path/"out", "folder")
+    assert [found.where(i) for i in range(2)] == [f"{tmp_path}/out/{k}/0{suffix}" for k in range(2)]
 
 
 # ---- damage

@@ -45,7 +45,7 @@ def test_seeds_and_noise():
 
 def test_a_set_holds_what_it_says(pipe, tmp_path):
     out = make(pipe, tmp_path/"set", licence={"inquiries": "CC0"})
-    paths, labels, subjects = list_folder(out)
+    paths, labels, subjects, _ = list_folder(out)
     table = pd.read_csv(out/"manifest.csv", dtype={"subject": int}, keep_default_na=False)
     assert list(table.columns) == ["file", "subject", "k", "seed", "m", "sampler", "sha256"]
     assert {str(p.relative_to(out)) for p in paths} == set(table.file) and len(table) == 5*(3 + 2)

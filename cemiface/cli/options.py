@@ -167,13 +167,15 @@ def open_inquiries(source:str, # a folder of loose images, any set of faces, pro
     import numpy as np
     import torch
     from cemiface.data.faceset import FaceSet
-    from cemiface.data.images import images_in, read_image
+    from cemiface.data.images import list_loose, read_image
     from cemiface.audit.similarity import read_arrays
     if source.endswith(".npy"):
         emb = np.asarray(read_arrays(source))
         if emb.ndim != 2 or not len(emb) or emb.dtype.kind != "f": raise ValueError(f"{source} has the shape {emb.shape} of {emb.dtype}: give one embedding a row, [N,D], of floats")
         return torch.from_numpy(emb[:subjects].astype(np.float32))
-    loose = [] if source.startswith("proc:") or not Path(source).is_dir() else images_in(Path(source))[:subjects]
+    loose, left = ([], []) if source.startswith("proc:") or not Path(source).is_dir() else list_loose(Path(source))
+    say_left_out(left)
+    loose = loose[:subjects]
     if not loose: return open_named(source, size, subjects, 1, seed)
     return FaceSet(torch.stack([read_image(p, size) for p in loose]), torch.arange(len(loose)), [p.stem for p in loose], Path(source).name)
 

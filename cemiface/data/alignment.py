@@ -16,7 +16,8 @@ import math
 import os
 import re
 import unicodedata
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -31,8 +32,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.files import write_whole
-from .images import encode_image, FORMATS, images_in, list_folder, read_image
+from ..core.files import foreign_encoding, write_whole
+from .images import encode_image, FORMATS, images_in, list_folder, read_image, scan
+from ..world import faces as procfaces
 from ..world.camera import TEMPLATE
 
 # %% ../../nbs/data/06_alignment.ipynb #7db006a0
@@ -140,7 +142,7 @@ def read_landmarks(
     path, faces = Path(path), {}
     try: by_photo = (json_faces if path.suffix.lower() == ".json" else csv_faces)(path)
     except OSError as e: raise OSError(e.errno, f"could not read the landmarks {path} ({e.strerror}): give a .csv or .json file that is there") from None
-    except (UnicodeDecodeError, csv.Error): raise ValueError(f"{path}: not a text file: landmarks are read from .csv or .json") from None
+    except (UnicodeDecodeError, csv.Error): raise ValueError(f"{path}: {foreign_encoding(path.read_bytes())}: landmarks are read from .csv or .json") from None
     for name, numbers in by_photo.items():
         try: face = faces_of(numbers)
         except (ValueError, TypeError, RuntimeError):
@@ -309,13 +311,17 @@ def read_report(
 # %% ../../nbs/data/06_alignment.ipynb #34d6a1df
 def list_photos(
     source:Path,
+    depth:int|None=None, # of the subjects' folders in a nested folder, as of `list_folder`
 )->list[Path]:
     "Photos of subjects, SUBJECT/NAME.jpg, and those beside the folders. ValueError or OSError if there are none."
-    loose = images_in(source) if source.is_dir() else []
-    try: return loose+list_folder(source)[0]
+    loose = scan(source, defaultdict(list))[0] if source.is_dir() else []
+    try: paths, _, _, left = list_folder(source, depth)
     except ValueError:
         if not loose: raise
         return loose
+    left = [line for kind, lines in left.items() if kind != "loose picture" for line in lines]
+    if left: warnings.warn(f"{source}: {len(left)} left out, the first: {left[0]}")
+    return loose+paths
 
 def remove_crops(
     crop:Path, # NAME.png
@@ -333,6 +339,7 @@ def align_folder(
     progress:bool=False,
     which:Which="largest",         # of several faces: the largest, the most central, or all
     landmarks_in:Frame|None=None,  # the picture that a file's landmarks were measured on; None: ask where an orientation tag leaves a doubt
+    depth:int|None=None,           # of the subjects' folders in a nested folder, as of `list_folder`
 )->pd.DataFrame: # columns REPORT, a row a photo, or a face
     "Align a folder of photos to ArcFace's template. ValueError if the landmarks belong to another folder, FileExistsError if `out` holds something else."
     source, out, detects = Path(source), Path(out), callable(landmarks)
@@ -340,7 +347,7 @@ def align_folder(
     if detects and landmarks_in == "stored": raise ValueError("a detector sees every photo upright: landmarks_in is for a file of landmarks")
 
     # photos, and the landmarks of each: names may differ in how their accents are stored
-    paths = list_photos(source)
+    paths = list_photos(source, depth)
     names, known = [p.relative_to(source).as_posix() for p in paths], {} if detects else read_landmarks(landmarks)
     composed = {unicodedata.normalize("NFC", name): faces for name, faces in known.items()}
     known = {name: known.get(name, composed.get(unicodedata.normalize("NFC", name))) for name in names}

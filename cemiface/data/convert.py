@@ -27,7 +27,9 @@ def suffix_of(
 )->str: # a suffix that folders are searched for; .png where the format has none
     "The file name suffix of an image, told by its first bytes."
     if data[:4] == b"RIFF": return ".webp"
-    return next((suffix for start, suffix in ((b"\xff\xd8", ".jpg"), (b"BM", ".bmp")) if data.startswith(start)), ".png")
+    if data[4:12] in (b"ftypavif", b"ftypavis"): return ".avif"
+    starts = {b"\xff\xd8": ".jpg", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif"} | {b"P%d" % k: ".ppm" for k in range(1, 7)}
+    return next((suffix for start, suffix in starts.items() if data.startswith(start)), ".png")
 
 # %% ../../nbs/data/04_convert.ipynb #28c9f7be
 class FolderWriter:
@@ -120,11 +122,12 @@ def convert(
     out:str|Path,                                        # a new or empty folder; for "list" a new file
     to:Literal["records", "folder", "list"]="records",
     size:int|None=None,                                  # pixels a side: images of another size are resized and encoded anew
-    strict:bool=False,                                   # stop at the first damaged image instead of leaving it out
+    strict:bool=False,                                   # stop at the first image that cannot be read instead of leaving it out
     progress:bool=False,
 )->Encoded: # what was written; `skipped` names the images left out
     "Write a set in another form, images byte for byte; the same call goes on after a kill. ValueError or OSError says what stands in the way."
     encoded, out = source if isinstance(source, Encoded) else open_encoded(source), Path(out)
+    if strict and encoded.skipped: raise ValueError(encoded.skipped[0])
     if to not in ("records", "folder", "list"): raise ValueError(f"to={to!r}: choose records, folder or list")
     if not out.name: raise ValueError(f"{out}: a set is made under a name of its own: give a new folder or file")
     if to == "list" and size: raise ValueError(f"size={size}: a list names images as they are: leave size out, or convert to records or a folder")

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..core.files import readable
-from .images import FORMATS, decode_image, natural_key
+from .images import decode_image, FORMATS, list_folder, natural_key
 from .recordio import RecordFile, read_heads
 from .records import Encoded, find_list, find_record, name_of, open_encoded, read_list
 from .pairs import is_pairs, open_pairs
@@ -40,6 +40,11 @@ RULES = {
     "contradiction": ("error", "two images are said to be one person and two: correct the list of pairs"),
     "one kind": ("error", "all pairs are of one person, or all of two: an accuracy on them says nothing, add pairs of the other kind"),
     "few pairs": ("error", "fewer than the protocol's ten folds: it cannot be run, add pairs"),
+    "empty subject": ("warning", "subjects without an image that can be read: give them images, or remove them"),
+    "deeper picture": ("warning", "in folders below a subject's, where none is looked for: move them up, or say how deep the subjects lie, --depth N"),
+    "loose picture": ("warning", "beside the subjects' folders: move them into one"),
+    "unread picture": ("warning", "the suffix of a picture that is not read, or none: convert or rename them"),
+    "dead link": ("warning", "links to no file, or to a folder below a subject: mend or remove them"),
     "list labels": ("warning", "the record file itself has one label throughout; other readers need the list too"),
     "label gaps": ("warning", "numbers that no image has: classes that are never seen, or images that are missing"),
     "string-sorted": ("warning", "labels follow names sorted as text (10 before 2): stored class centres may belong to others"),
@@ -214,9 +219,10 @@ def record_rules(
 
 def list_rules(
     path:Path, # of the list
+    **columns_asked, # path_column, label_column, as of `read_list`
 )->dict[str, tuple[int, list[str]]]:
     "What a list's own labels say, where they are numbers of classes and not names like 0000045."
-    columns = read_list(path)[1]
+    columns = read_list(path, **columns_asked)[1]
     labels = columns.get("label", [""])
     if not all(v.isascii() and v.isdigit() and len(v) < 10 and str(int(v)) == v for v in set(labels)): return {}
     numbers, folders = np.array(labels, np.int64), [p.replace("\\", "/").rpartition("/")[0].rpartition("/")[2] for p in columns.get("path", [])]
@@ -250,11 +256,12 @@ def name_rules(
 # %% ../../nbs/data/07_lint.ipynb #ccd77f0d
 def open_as_stored(
     source:str|Path, # as for `open_encoded`
+    **how,           # depth, path_column, label_column
 )->tuple[Encoded, list[str]]: # the set; what its reader had to say
     "Open a labelled set, also one with a single label. ValueError or OSError as `open_encoded`."
     with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
-        try: e = open_encoded(source)
+        try: e = open_encoded(source, **how)
         except ValueError:
             record = find_record(Path(source))
             if not record or len(np.unique((store := RecordFile(record)).labels)) > 1: raise
@@ -276,23 +283,31 @@ def lint_set(
     source:str|Path,    # as for `open_encoded`
     size:int|None=None, # pixels a side; None: as most images
     progress:bool=False,
+    depth:int|None=None,       # these three as for `open_encoded`
+    path_column:str|None=None,
+    label_column:str|None=None,
 )->Report:
     "Check a labelled set. ValueError or OSError if it cannot be opened at all."
-    source = Path(source)
-    e, messages = open_as_stored(source)
+    source, columns = Path(source), dict(path_column=path_column, label_column=label_column)
+    e, messages = open_as_stored(source, depth=depth, **columns)
     facts, wrong = look_all(e.read, e.where, len(e), progress)
     named, labels, readable = list_of(source, e), e.labels.numpy(), np.flatnonzero(facts["h"] > 0)
     within, across, original = copies(facts["digest"][readable], labels[readable])
     def pair(i): return f"{e.where(readable[i])} = {e.where(readable[original(i)])}"
     counts = np.bincount(labels, minlength=len(e.subjects))
+    # what is not in the set: by kind where it is a folder
+    left = list_folder(source, depth)[3] if not named and not isinstance(e.store, RecordFile) else {"left out": e.skipped}
+    blind = np.flatnonzero(np.bincount(labels[readable], minlength=len(e.subjects)) == 0)
+    left["empty subject"] = [*left.get("empty subject", []), *(f"{e.subjects[k]}: none of its images can be decoded" for k in blind)]
     findings = image_rules(facts, wrong, e.where, size) | {
-        "left out": (len(e.skipped), e.skipped[:3]), "duplicate": first(within, pair), "two subjects": first(across, pair),
+        kind: (len(lines), lines[:3]) for kind, lines in left.items()} | {
+        "duplicate": first(within, pair), "two subjects": first(across, pair),
         "constant label": (int(len(e) > 1 and len(e.subjects) == 1), [f"{e.store.path}: {e.subjects[0]}"]),
         "one image": first(np.flatnonzero(counts == 1), lambda k: e.subjects[k])}
     if isinstance(e.store, RecordFile):
         idx = str(e.store.path.with_suffix(".idx"))
         findings |= record_rules(e, named is not None) | {"index": (len(says := [s for s in messages if s.startswith(idx)]), says)}
-    if named: findings |= list_rules(named)
+    if named: findings |= list_rules(named, **columns)
     findings |= name_rules(e)
     return report(e.name, f"{len(e)} images of {len(e.subjects)} subjects", findings)
 
@@ -320,6 +335,9 @@ def lint(
     source:str|Path,    # a labelled set, or verification pairs: .bin, pairs.txt or .csv, a folder that holds one of these
     size:int|None=None, # pixels a side that images should have; None: as most images
     progress:bool=False,
+    **how,              # of a labelled set: depth, path_column, label_column, as for `open_encoded`
 )->Report:
     "Look at every image of a set once and report what is wrong with it. ValueError or OSError if it cannot be opened at all."
-    return (lint_pairs if is_pairs(source) else lint_set)(source, size, progress)
+    if not is_pairs(source): return lint_set(source, size, progress, **how)
+    if any(how.values()): raise ValueError(f"{source}: a depth and names of columns are for labelled sets, and these are pairs: leave them out")
+    return lint_pairs(source, size, progress)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
-from ..core.files import readable, write_whole
+from ..core.files import readable, to_text, write_whole
 from ..core.fingerprints import fingerprint_of
 from .images import SUFFIXES, decode_image
 from .recordio import part_of
@@ -251,8 +251,8 @@ def _list_line(root:Path, fields:list[str], classic:bool)->tuple[Path, Path, boo
 def _read_list(
     path:Path, # the list; images are found from its folder
 )->tuple[list[Path], list[bool]]: # 2P files, P labels
-    "Read a pairs file. ValueError names the line that does not fit."
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    "Read a pairs file. ValueError names the line that does not fit, or the encoding that is not UTF-8."
+    lines = to_text(path.read_bytes()).splitlines()
     mark = "," if path.suffix == ".csv" else "\t" if "\t" in "".join(lines) else None
     rows = [(n, [f.strip() for f in l.strip().split(mark)]) for n, l in enumerate(lines, 1) if l.strip()]
     head = rows[0][1] if rows else []

@@ -18,8 +18,9 @@ import torch
 
 from ..core.fingerprints import weights_fingerprint
 from ..data.faceset import EncodedImages, FaceSet, Picked
-from ..data.images import images_in
+from ..data.images import images_in, list_loose
 from ..data.pairs import damaged_pairs, open_pairs, pairs_fingerprint, PairSet
+from ..data.recordio import RecordFile
 from ..data.records import Encoded, Files, find_list, find_record, LIST_SUFFIXES, open_encoded, set_fingerprint
 from ..recognition.checkpoints import load_checkpoint
 from ..recognition.groups import class_centres, cos_to_centre
@@ -55,9 +56,9 @@ def open_images(
     path:Path, # as of `open_encoded`, or a folder of loose images
 )->Encoded:
     "Open a stored set; loose images are a subject each. ValueError or OSError as `open_encoded`."
-    loose = images_in(path) if path.is_dir() and not (find_record(path) or find_list(path)) else []
+    loose, left = list_loose(path) if path.is_dir() and not (find_record(path) or find_list(path)) else ([], [])
     if not loose: return open_encoded(path)
-    return Encoded(path.name, torch.arange(len(loose)), [p.stem for p in loose], Files(path, [p.name for p in loose]), np.arange(len(loose)))
+    return Encoded(path.name, torch.arange(len(loose)), [p.stem for p in loose], Files(path, [p.name for p in loose]), np.arange(len(loose)), left)
 
 def first_of_each(
     encoded:Encoded,
