@@ -222,9 +222,9 @@ def test_lfw_list(tmp_path):
 
 
 @pytest.mark.parametrize("text,says", [
-    ("", "0 images and 0 labels"), ("2 2\nA 1 1\n", "promises 2 folds of 2 x 2 pairs, but 1 follow"), ("a.png b.png\n", "line 1: should be IMAGE IMAGE 0|1"), ("a.png b.png yes", "line 1"),
+    ("", "0 images and 0 labels"), ("2 2\nA 1 1\n", "promises 2 folds of 2 x 2 pairs, but 1 follow"), ("a.png b.png\n", "line 1: should be IMAGE IMAGE 0|1"), ("a.png b.png perhaps", "line 1"),
     ("\n\na.png b.png 2", "line 3"), ("1\nA 1", "line 2: should be NAME"), ("1\nA one two", "line 2"), ("a.png c.png 1", r"1 images are missing, the first is .*c.png \(pair 0\)"),
-    ("a.png a\0.png 1", "missing"), ("A\t1\tB\t1", "LFW's line of folds")])
+    ("a.png a\0.png 1", "missing"), ("A\t1\tB\t1", "2 images are missing")])
 def test_lists_that_do_not_fit(tmp_path, text, says):
     for n in "ab": (tmp_path / f"{n}.png").write_bytes(PNGS[0])
     (tmp_path / "list.txt").write_text(text)
