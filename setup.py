@@ -19,7 +19,7 @@ setup(
                  "Intended Audience :: Science/Research", f"Natural Language :: {cfg['language']}", "Programming Language :: Python :: 3",
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "onnx", "align", "head", "realism")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "onnx", "align", "head", "realism", "parquet", "lmdb")},
     packages=find_packages(include=["cemiface", "cemiface.*"]), package_data={"cemiface": ["*.json", "weights/**/*", "world/head.npz", "world/HEAD_LICENSE.md"]},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,

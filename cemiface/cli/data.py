@@ -16,7 +16,7 @@ from .options import one_line_errors, say_left_out, StrictOption
 
 # %% ../../nbs/cli/02_data.ipynb #598ae54b
 data_app = typer.Typer(no_args_is_help=True, help="Convert, check and align sets of faces.")
-SourceArgument = Annotated[Path, typer.Argument(help="set of faces: record folder or .rec, folder SUBJECT/*.jpg|png, list file; or pairs: .bin, folder with pairs.txt")]
+SourceArgument = Annotated[Path, typer.Argument(help="set of faces: record folder or .rec, folder SUBJECT/*.jpg|png, list file, WebDataset .tar, .parquet, datasets folder, .lmdb; or pairs: .bin, pairs.txt or a folder with one, CFP's Split/FP, memfile folder")]
 
 DepthOption = Annotated[Optional[int], typer.Option(min=1, help="folders nested deeper: the subjects' folders lie so many levels down; 3 for 0/0_0/SUBJECT/NAME, 1 for SUBJECT/SESSION/NAME")]
 PathColumnOption = Annotated[Optional[str], typer.Option(help="the column of paths in a list's first line, where its name is not a known one")]
@@ -27,34 +27,40 @@ LabelColumnOption = Annotated[Optional[str], typer.Option(help="the column of su
 def convert_command(
     source: SourceArgument,
     target: Annotated[Path, typer.Argument(help="new folder; a name ending in .txt .csv .tsv .lst makes a list, .bin a verification file")],
-    to: Annotated[Optional[Literal["records", "folder", "list"]], typer.Option(help="form of the target; default: list by its name, else records, or folder if the source is a record file")] = None,
+    to: Annotated[Optional[Literal["records", "folder", "list", "webdataset", "parquet"]], typer.Option(help="form of the target; default: list by its name, else records, or folder if the source is a record file")] = None,
     size: Annotated[Optional[int], typer.Option(min=8, help="pixels a side; images of another size are resized; default: every image byte for byte")] = None,
     strict: StrictOption = False,
     depth: DepthOption = None,
     path_column: PathColumnOption = None,
     label_column: LabelColumnOption = None,
+    images: Annotated[Optional[Path], typer.Option(help="folder that the images of a list of pairs start from; default: the list's own")] = None,
 ):
     """Write a set of faces, or of pairs, in another form.
 
-    Labelled sets: InsightFace record files, folders, lists. Pairs: .bin files, folders with pairs.txt. If it is stopped, the same command goes on from there.
+    Labelled sets: InsightFace record files, folders, lists; WebDataset, Parquet, Hugging Face datasets on disk and LMDB are read, the first two written. Pairs: .bin files, folders with pairs.txt; the lists of LFW, CALFW, CPLFW, RFW and CFP and AdaFace's memfiles are read. If it is stopped, the same command goes on from there.
 
     Example: cemiface data convert faces_webface_112x112 casia_folder
 
     Example: cemiface data convert my_faces my_records --to records --size 112
+
+    Example: cemiface data convert my_faces my_shards --to webdataset
 
     Example: cemiface data convert lfw.bin lfw_folder
 
     Example, nested folders as a list that every command takes: cemiface data convert nested faces.txt --depth 3
 
     Example, somebody's own table: cemiface data convert table.csv faces.txt --label-column who
+
+    Example: cemiface data convert rfw/txts/African/African_pairs.txt african.bin --images rfw/data/African
     """
     from cemiface.data.convert import convert
     from cemiface.data.pairs import convert_pairs, is_pairs
     from cemiface.data.records import LIST_SUFFIXES, find_record, open_encoded
     if target.suffix == ".bin" or is_pairs(source):
         if size or to or strict or depth or path_column or label_column: raise ValueError("pairs keep every image byte for byte: --size, --to, --strict, --depth and names of columns are for labelled sets")
-        pairs = convert_pairs(source, target, progress=True)
+        pairs = convert_pairs(source, target, progress=True, images=images)
         return typer.echo(f"{target} holds {len(pairs)} pairs, {int(pairs.issame.sum())} of them of one person, from {len(pairs.images)} distinct images")
+    if images: raise ValueError("--images is for lists of pairs: leave it out")
     to = to or ("list" if target.suffix in LIST_SUFFIXES else "folder" if find_record(source) else "records")
     made = convert(open_encoded(source, depth, path_column, label_column), target, to, size, strict, progress=True)
     say_left_out(made.skipped)

@@ -72,7 +72,7 @@ def claim(out:Path, # the output folder
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="images at a time")]
 ChannelsOption = Annotated[Optional[Literal["rgb", "bgr"]], typer.Option(help="order of the channels that the checkpoint takes; default: bgr for AdaFace and DCFace, else rgb")]
 DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda if there is any")]
-FacesOption = Annotated[Optional[str], typer.Option(metavar="DIR", help="faces: folder SUBJECT/*.jpg|png of aligned faces, InsightFace record folder, list file, or proc:WORLD")]
+FacesOption = Annotated[Optional[str], typer.Option(metavar="DIR", help="faces: folder SUBJECT/*.jpg|png of aligned faces, InsightFace record folder, list file, WebDataset .tar or folder of shards, .parquet, datasets folder, .lmdb, or proc:WORLD")]
 GeneratorOption = Annotated[Optional[Path], typer.Option(help="generator folder, or the word dcface for the shipped baseline; default: the shipped generator")]
 OutOption = Annotated[Path, typer.Option(help="output folder")]
 PerSubjectOption = Annotated[Optional[int], typer.Option(min=1, help="use at most so many images per subject; default: all of a stored set, 20 of a world")]

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..core.files import readable
 from .images import decode_image, FORMATS, list_folder, natural_key
 from .recordio import RecordFile, read_heads
-from .records import Encoded, find_list, find_record, name_of, open_encoded, read_list
+from .records import Encoded, find_list, find_record, LIST_SUFFIXES, name_of, open_encoded, read_list
 from .pairs import is_pairs, open_pairs
 
 # %% ../../nbs/data/07_lint.ipynb #90b25ac7
@@ -274,7 +274,7 @@ def list_of(
 )->Path|None:
     "The list that the labels of a set were read from."
     record = find_record(source)
-    if source.is_file(): return None if source == record else source
+    if source.is_file(): return source if source.suffix.lower() in LIST_SUFFIXES else None
     if record is None: return find_list(source)
     return find_list(source) if len(e.subjects) > 1 and len(np.unique(e.store.labels)) == 1 else None
 

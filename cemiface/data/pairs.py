@@ -305,13 +305,13 @@ def _read_cfp(
     lists = []
     for kind in "FP" if path.name == "FP" else "FF":
         source = path.resolve().parent.parent / f"Pair_list_{kind}.txt"
-        rows = [line.split() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        rows = [line.split() for line in to_text(source.read_bytes()).splitlines() if line.strip()]
         try: lists.append({int(n): images / Path(*Path(p.replace("\\", "/")).parts[-3:]) if images else source.parent / p.replace("\\", "/") for n, p in rows})
         except ValueError: raise ValueError(f"{source} should have a line NUMBER IMAGE for each image") from None
     files, issame = [], []
     for fold in sorted(path.glob("*/same.txt")):
         for part, same in ((fold, True), (fold.with_name("diff.txt"), False)):
-            for n, line in enumerate(part.read_text(encoding="utf-8-sig").splitlines(), 1):
+            for n, line in enumerate(to_text(part.read_bytes()).splitlines(), 1):
                 if not line.strip(): continue
                 try: a, b = (photos[int(k)] for photos, k in zip(lists, line.split(","), strict=True))
                 except (ValueError, KeyError): raise ValueError(f"{part}, line {n}: should be two numbers of the lists of images, with a comma") from None
