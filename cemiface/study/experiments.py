@@ -19,7 +19,6 @@ import torch
 
 from ..core.files import write_whole
 from ..core.machine import default_device, launched
-from ..world.faces import world_faces
 from ..world.worlds import draw_world
 from ..data.faceset import FaceSet, open_faces, Picked
 from ..recognition.backbones import forward_flops
