@@ -218,7 +218,7 @@ def test_a_missing_library_is_one_line(tmp_path, monkeypatch, form, missing, ext
     path = written(tmp_path, form)
     monkeypatch.setitem(sys.modules, missing, None)
     done = CliRunner().invoke(app, ["data", "lint", str(path)])
-    assert done.exit_code == 1 and f"pip install 'cemiface[{extra}]'" in done.output and len(done.output.strip().splitlines()) == 1
+    assert done.exit_code == 3 and f"pip install 'cemiface[{extra}]'" in done.output and len(done.output.strip().splitlines()) == 1
 
 
 # -- writing --

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..core.files import readable
 from .images import decode_image, FORMATS, list_folder, natural_key
 from .recordio import RecordFile, read_heads
-from .records import Encoded, find_list, find_record, LIST_SUFFIXES, name_of, open_encoded, read_list
+from .records import Encoded, Files, find_list, find_record, LIST_SUFFIXES, name_of, open_encoded, read_list
 from .pairs import is_pairs, open_pairs
 
 # %% ../../nbs/data/07_lint.ipynb #90b25ac7
@@ -296,7 +296,7 @@ def lint_set(
     def pair(i): return f"{e.where(readable[i])} = {e.where(readable[original(i)])}"
     counts = np.bincount(labels, minlength=len(e.subjects))
     # what is not in the set: by kind where it is a folder
-    left = list_folder(source, depth)[3] if not named and not isinstance(e.store, RecordFile) else {"left out": e.skipped}
+    left = list_folder(source, depth)[3] if not named and isinstance(e.store, Files) else {"left out": e.skipped}
     blind = np.flatnonzero(np.bincount(labels[readable], minlength=len(e.subjects)) == 0)
     left["empty subject"] = [*left.get("empty subject", []), *(f"{e.subjects[k]}: none of its images can be decoded" for k in blind)]
     findings = image_rules(facts, wrong, e.where, size) | {
