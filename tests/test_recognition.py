@@ -236,6 +236,15 @@ def test_one_step_without_weight_decay_on_norms():
         for state in seen.values(): torch.testing.assert_close(state[key], start[key] * (1 - 1e-5 * 1e3))
 
 
+def test_the_backbones_gradient_is_clipped_alone():
+    "As in InsightFace: with next to no gradient the backbone stays where it was, and the classes move as without a limit."
+    step = lambda **change: train(changed(SMALL, epochs=1, batch_size=len(patterns(each=4)), weight_decay=0., warmup_steps=0, **change), patterns(each=4))
+    start, clipped, free = step(lr=1e-30), step(clip=1e-30), step(clip=None)
+    for key in ("conv1.weight", "fc.weight", "bn1.weight"): torch.testing.assert_close(clipped.model.state_dict()[key], start.model.state_dict()[key])
+    assert not torch.equal(free.model.state_dict()["conv1.weight"], start.model.state_dict()["conv1.weight"])
+    assert torch.equal(clipped.centres, free.centres) and not torch.equal(clipped.centres, start.centres)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="a minute of C++ on a CPU"))])
 def test_compiled_is_the_same_training(tmp_path, monkeypatch, backend):
     compile, calls = torch.nn.Module.compile, []

@@ -66,7 +66,7 @@ class RecogniserConfig(BaseModel, extra="forbid", frozen=True):
     weight_decay: float = Field(5e-4, ge=0, description="on every weight, or every weight outside batch norms")
     decay_norms: bool = Field(True, description="weight decay on the batch norms' gains and offsets too")
     momentum: float = Field(.9, ge=0, lt=1, description="of SGD")
-    clip: float | None = Field(5., gt=0, description="largest norm of the gradient; None: no limit")
+    clip: float | None = Field(5., gt=0, description="largest norm of the backbone's gradient, the head's left as it is; None: no limit")
     augment: Literal["cemiface", "flip", "none"] = Field("cemiface", description="the paper's augmentation, its mirroring alone, or nothing")
     precision: Literal["auto", "no", "bf16"] = Field("no", description="mixed precision, as accelerate names it; auto: what this machine is faster in")
     joint_norms: bool = Field(True, description="batch norms over the batch of all processes; False: each process its own part, as most public code does")
@@ -317,7 +317,7 @@ def last_good(
 
 # %% ../../nbs/recognition/03_training.ipynb #4b854af0
 def check_step(
-    numbers:Tensor, # [3]: loss, accuracy, the gradient's norm
+    numbers:Tensor, # [3]: loss, accuracy, norm of the backbone's gradient
     rate:float, # learning rate
     epoch:int, # from 0
     batch:int, # from 0
@@ -394,7 +394,6 @@ def train_recogniser(
     options = {} if config.margin_gradient else {"margin_gradient": False}
     head = margin_head(config.margin, faces.n_subjects, config.emb_dim, config.margin_m, config.margin_s, **options)
     optimizer = torch.optim.SGD(weight_groups(net, head, config), config.lr, config.momentum)
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
     history, first_epoch, first_batch, sums, seconds, steps = [], 0, 0, torch.zeros(2), 0., len(faces) // config.batch_size
     if out and (state := load_recogniser_state(out / "state.pt", run, files)):
         net.load_state_dict(state["net"]), head.load_state_dict(state["head"]), optimizer.load_state_dict(state["optimizer"])
@@ -440,7 +439,7 @@ def train_recogniser(
             loss = F.cross_entropy(logits, y)
             optimizer.zero_grad()
             accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(weights, config.clip or math.inf)
+            norm = accelerator.clip_grad_norm_(net.parameters(), config.clip or math.inf)
             optimizer.step()
             hits = correct(logits.detach(), emb.detach(), y, head).float().mean()
             numbers = accelerator.reduce(torch.stack([loss.detach(), hits, norm]), "mean")
