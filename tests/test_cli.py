@@ -466,7 +466,7 @@ def test_a_task_of_a_sweep_draws_a_whole_set(folder, generator, tmp_path, monkey
     assert "images at m = 0" in ok(*words, "--out", tmp_path / "set") and (tmp_path / "set/set.json").exists()
     for name in ("train-recogniser", "train-generator"):
         said = error(2, name, "--data", folder, "--out", tmp_path / "model")
-        assert "RANK, WORLD_SIZE are set" in said and "unset RANK WORLD_SIZE" in said and not (tmp_path / "model").exists()
+        assert "holds RANK, WORLD_SIZE, but" in said and "unset RANK WORLD_SIZE" in said and not (tmp_path / "model").exists()
     assert "unset RANK WORLD_SIZE" in error(2, "reproduce", "--dry-run", "--profile", "smoke")
 
 

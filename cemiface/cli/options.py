@@ -128,7 +128,7 @@ def check_launch():
     "ValueError if variables of a launch are set, and none took place: accelerate would wait for processes that nobody starts."
     left = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
     if left and "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise ValueError(f"{', '.join(left)} are set, but neither torchrun nor accelerate launch has started this process: unset {' '.join(left)}, or start it by one of them")
+        raise ValueError(f"the environment holds {', '.join(left)}, but neither torchrun nor accelerate launch has started this process: unset {' '.join(left)}, or start it by one of them")
 
 def pick_device(name:str|None)->str: # the named one, or cuda where there is any
     from cemiface.core.machine import default_device
