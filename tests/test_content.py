@@ -81,7 +81,7 @@ def test_a_half_finished_recogniser_does_not_go_on_with_faces_drawn_again(tmp_pa
     with monkeypatch.context() as m:
         def stop(*_, **__): raise RuntimeError("power cut")
         m.setattr("cemiface.recognition.training.save_recogniser", stop)
-        assert "power cut" in error(1, *words)
+        assert "power cut" in error(3, *words)
     state = torch.load(out/"state.pt", weights_only=True)
     draw(faces, seed=1)
     assert "changed since" in error(2, *words)

@@ -236,7 +236,7 @@ def test_parquet_without_its_writer(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"): make(tmp_path/"set", table="parquet")
     answer = run("render", "--subjects", 2, "--per-subject", 2, "--size", 16, "--table", "parquet", "--out", tmp_path/"set")
-    assert answer.exit_code == 1 and answer.output.count("\n") == 1 and "pip install pyarrow" in answer.output
+    assert answer.exit_code == 3 and answer.output.count("\n") == 1 and "pip install pyarrow" in answer.output
     assert not any(tmp_path.iterdir())
 
 
