@@ -224,7 +224,7 @@ def groups_command(
     cos, group = subject_groups(embed(network, faces.images, progress=True), faces.labels, weights, n_groups)
     table = group_table(cos, faces.labels, group)
     names = [faces.encoded.where(i) for i in range(len(faces))] if faces.encoded else range(len(faces))
-    images = pd.DataFrame(dict(image=names, subject=[faces.subjects[i] for i in faces.labels.tolist()], cos=cos, group=group))
+    images = pd.DataFrame(dict(image=pd.Series(names, dtype=object), subject=pd.Series([faces.subjects[i] for i in faces.labels.tolist()], dtype=object), cos=cos, group=group)) # names may be no text
     write_whole(out/"images.csv", images.to_csv(index=False))
     write_whole(out/"groups.csv", table.to_csv())
     save_figure(plot_groups(faces.images, cos, faces.labels, group, range(min(3, faces.n_subjects))), out/"groups.png")

@@ -33,7 +33,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.files import foreign_encoding, write_whole
-from .images import encode_image, FORMATS, images_in, list_folder, read_image, scan
+from .images import BESIDE, encode_image, FORMATS, images_in, list_folder, read_image, scan
+from ..world import faces as procfaces
 from ..world.camera import TEMPLATE
 
 # %% ../../nbs/data/06_alignment.ipynb #7db006a0
@@ -313,7 +314,7 @@ def list_photos(
     depth:int|None=None, # of the subjects' folders in a nested folder, as of `list_folder`
 )->list[Path]:
     "Photos of subjects, SUBJECT/NAME.jpg, and those beside the folders. ValueError or OSError if there are none."
-    loose = scan(source, defaultdict(list))[0] if source.is_dir() else []
+    loose = [p for p in scan(source, defaultdict(list))[0] if p.name not in BESIDE] if source.is_dir() else []
     try: paths, _, _, left = list_folder(source, depth)
     except ValueError:
         if not loose: raise
