@@ -41,7 +41,8 @@ def _text(x)->str: return x.decode("latin-1") if isinstance(x, bytes) else x   #
 class _Dtype:
     "A numpy type: numbers, bools, or the objects that a pickle may hold."
     def __init__(self, code, *_):
-        if (code := _text(code)) not in (*_DTYPES, "O", "O4", "O8"): raise ValueError(f"it holds an array of {code[:9]}, neither numbers nor images")
+        if not isinstance(code := _text(code), str) or code not in (*_DTYPES, "O", "O4", "O8"): # other things may be endless to print
+            raise ValueError(f"it holds an array of {code[:9] if isinstance(code, str) else 'no known type'}, neither numbers nor images")
         self.code = code
     def fill(self, state):
         if _text(state[1]) not in "|<": raise ValueError("it holds an array of big-endian numbers")
