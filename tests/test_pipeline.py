@@ -45,7 +45,7 @@ def given(pipe): # eight inquiries with noise and m
 
 
 def draw(pipe, given, rows=slice(None), **kw):
-    return pipe(**{k: v[rows] for k, v in given.items()}, num_inference_steps=3, output_type="pt", **kw).images
+    return pipe(**{k: v[rows] for k, v in given.items()}, **{"num_inference_steps": 3, "output_type": "pt"} | kw).images
 
 
 def test_an_image_depends_on_no_neighbour(pipe, given):
@@ -201,11 +201,11 @@ def test_default_sampling_is_the_plain_loop(pipe, given):
     emb = torch.nn.functional.normalize(pipe.recogniser(given["inquiries"]), dim=1)
     with torch.no_grad():
         tokens = pipe.conditioner(emb, given["m"])
-        scheduler.set_timesteps(3)
+        scheduler.set_timesteps(4) # divides T, so that diffusers lands where the next step starts
         for t in scheduler.timesteps: x = scheduler.step(predict(pipe.unet, x, t, tokens), t, x).prev_sample
         plain = pipe.unet(x, t, encoder_hidden_states=tokens).sample # torch's own choice of attention
         assert torch.allclose(plain, predict(pipe.unet, x, t, tokens), atol=1e-4)
-    assert torch.equal(draw(pipe, given), x.clamp(-1, 1))
+    assert torch.equal(draw(pipe, given, num_inference_steps=4), x.clamp(-1, 1))
 
 
 # --- schedules, callbacks, memory
