@@ -260,7 +260,7 @@ def test_a_second_run_that_is_stopped_forgets_nothing(tmp_path, monkeypatch):
     first = align_folder(source, tmp_path/"out", points)
     monkeypatch.setattr(alignment, "source_digest", lambda *_: 1/0)
     with pytest.raises(ZeroDivisionError): align_folder(source, tmp_path/"out", points)
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"out"/"alignment.csv", keep_default_na=False, dtype=dict(made_from=str)), first)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"out"/"alignment.csv", keep_default_na=False, dtype=alignment.TEXTS), first)
 
 
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):

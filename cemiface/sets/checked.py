@@ -100,7 +100,7 @@ def verify_rendered(
         for r, o in zip(rows, redrawn(stored, rows, device) if rows and notes["config"]["head"] == head_hash() else ()):
             if not same_picture(o): faults.append((stored.table.file[r], "is not the picture that these settings draw"))
     table = table_path(out, notes["config"], "factors").name
-    return pd.DataFrame([(file, fault.replace("the manifest", table)) for file, fault in faults], columns=["file", "fault"])
+    return pd.DataFrame([(file, fault.replace("the manifest", table)) for file, fault in faults], columns=["file", "fault"], dtype=object)
 
 def redrawn_words(
     config:dict, # of a set that is whole

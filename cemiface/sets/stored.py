@@ -153,7 +153,7 @@ def image_faults(stored:StoredSet, progress:bool=False)->list[tuple]: # file, fa
 def verify_set(out:str|Path, progress:bool=False)->pd.DataFrame: # file, fault: empty if the set is sound
     "Check a finished set against its manifest, and the manifest against its plan. ValueError if it is not finished."
     stored = open_set(out)
-    return pd.DataFrame(plan_faults(stored) + image_faults(stored, progress) + unknown_images(stored), columns=["file", "fault"])
+    return pd.DataFrame(plan_faults(stored) + image_faults(stored, progress) + unknown_images(stored), columns=["file", "fault"], dtype=object)
 
 # %% ../../nbs/sets/04_stored.ipynb #36910880
 @dataclass(frozen=True)
