@@ -1,5 +1,5 @@
 """Record files, lists and conversions against plain loops, kills, several processes and hostile bytes."""
-import io, os, pickle, signal, struct, subprocess, sys, time, tracemalloc, warnings
+import io, os, pickle, shutil, signal, struct, subprocess, sys, time, tracemalloc, warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,11 +13,12 @@ from PIL import Image
 from cemiface.bench.recognition import bench_records
 from cemiface.data.convert import convert, left_out
 from cemiface.core.files import write_whole
+from cemiface.data.joined import join
 from cemiface.data.images import FORMATS, decode_image, encode_image, natural_key, write_folder
 from cemiface.data.lint import lint
 from cemiface.data.pairs import open_pairs
 from cemiface.data.recordio import MAGIC, RecordFile, RecordWriter, pack_image, pack_record, read_payload, scan_records
-from cemiface.data.records import Encoded, Files, open_encoded, write_list
+from cemiface.data.records import Encoded, Files, dense, open_encoded, set_fingerprint, write_list
 
 WORD = struct.pack("<I", MAGIC)
 SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -642,3 +643,39 @@ def test_killed_conversion_goes_on(tmp_path, faces, to):
 def test_benchmark_runs(tmp_path):
     found = bench_records(2000, tmp_path)
     assert found["images"] == 2000 and all(v > 0 for v in found.values()) and not list(tmp_path.iterdir())
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "7", "b-a", "\u00e9"]), min_size=1, max_size=5), min_size=1, max_size=3), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_join_keeps_every_image_and_subject(sets, match):
+    made = []
+    for k, names in enumerate(sets):
+        labels, subjects = dense(names)
+        made.append(Encoded(f"set{k % 2}", labels, subjects, Files(Path(f"/{k}"), [f"{name}/{i}.jpg" for i, name in enumerate(names)]), np.arange(len(names)), [f"left out of {k}"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        joined = join(made, match)
+    flat = [(k, name, i) for k, names in enumerate(sets) for i, name in enumerate(names)]
+    assert [joined.where(i) for i in range(len(joined))] == [f"/{k}/{name}/{i}.jpg" for k, name, i in flat]
+    by_label = {}
+    for i, label in enumerate(joined.labels.tolist()): by_label.setdefault(label, set()).add(flat[i][1] if match else flat[i][:2])
+    assert all(len(people) == 1 for people in by_label.values()) and len(by_label) == len(joined.subjects) == len(set().union(*by_label.values()))
+    assert joined.subjects == sorted(joined.subjects, key=natural_key) and len(joined.skipped) == len(sets)
+
+
+def test_a_join_in_processes_and_under_a_filter(tmp_path, faces):
+    for name in ("one", "two"): shutil.copytree(faces, tmp_path/name)
+    joined = open_encoded(f"{tmp_path}/one,{tmp_path}/two")
+    again = pickle.loads(pickle.dumps(joined.subset(joined.labels % 2 == 0)))
+    assert [again.read(i) for i in range(len(again))] == [joined.read(i) for i in (joined.labels % 2 == 0).nonzero()[:, 0].tolist()]
+    before = set_fingerprint(joined)
+    assert set_fingerprint(open_encoded(f"{tmp_path}/one,{tmp_path}/two")) == before
+    os.remove(tmp_path/"two"/joined.store.sets[1].store.paths[-1])
+    assert set_fingerprint(open_encoded(f"{tmp_path}/one,{tmp_path}/two")) != before
+
+
+def test_two_subjects_of_one_name_are_refused(tmp_path):
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    write_folder(tmp_path/"a", image, torch.zeros(1, dtype=torch.long), subjects=["b-c"])
+    write_folder(tmp_path/"a-b", image, torch.zeros(1, dtype=torch.long), subjects=["c"])
+    with pytest.raises(ValueError, match="a-b-c would name two subjects: rename one of the sets"): open_encoded(f"{tmp_path}/a,{tmp_path}/a-b")

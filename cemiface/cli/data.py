@@ -25,7 +25,7 @@ LabelColumnOption = Annotated[Optional[str], typer.Option(help="the column of su
 @data_app.command("convert")
 @one_line_errors("data convert")
 def convert_command(
-    source: SourceArgument,
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="a set, as of data lint; several are joined, their subjects kept apart")],
     target: Annotated[Path, typer.Argument(help="new folder; a name ending in .txt .csv .tsv .lst makes a list, .bin a verification file")],
     to: Annotated[Optional[Literal["records", "folder", "list", "webdataset", "parquet"]], typer.Option(help="form of the target; default: list by its name, else records, or folder if the source is a record file")] = None,
     size: Annotated[Optional[int], typer.Option(min=8, help="pixels a side; images of another size are resized; default: every image byte for byte")] = None,
@@ -51,11 +51,14 @@ def convert_command(
 
     Example, somebody's own table: cemiface data convert table.csv faces.txt --label-column who
 
+    Example, several sets as one, subjects kept apart; joined by + those of one name are one: cemiface data convert my_faces my_set mixed
+
     Example: cemiface data convert rfw/txts/African/African_pairs.txt african.bin --images rfw/data/African
     """
     from cemiface.data.convert import convert
     from cemiface.data.pairs import convert_pairs, is_pairs
     from cemiface.data.records import LIST_SUFFIXES, find_record, open_encoded
+    source = Path(",".join(map(str, sources)))
     if target.suffix == ".bin" or is_pairs(source):
         if size or to or strict or depth or path_column or label_column: raise ValueError("pairs keep every image byte for byte: --size, --to, --strict, --depth and names of columns are for labelled sets")
         pairs = convert_pairs(source, target, progress=True, images=images)

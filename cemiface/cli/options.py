@@ -11,7 +11,7 @@ __all__ = ['BAD_INPUT', 'BatchSizeOption', 'ChannelsOption', 'DeviceOption', 'Fa
            'open_pipeline']
 
 # %% ../../nbs/cli/01_options.ipynb #869776b3
-import functools, json, os, warnings
+import functools, json, os, re, warnings
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -72,7 +72,7 @@ def claim(out:Path, # the output folder
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="images at a time")]
 ChannelsOption = Annotated[Optional[Literal["rgb", "bgr"]], typer.Option(help="order of the channels that the checkpoint takes; default: bgr for AdaFace and DCFace, else rgb")]
 DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda if there is any")]
-FacesOption = Annotated[Optional[str], typer.Option(metavar="DIR", help="faces: folder SUBJECT/*.jpg|png of aligned faces, InsightFace record folder, list file, WebDataset .tar or folder of shards, .parquet, datasets folder, .lmdb, or proc:WORLD")]
+FacesOption = Annotated[Optional[str], typer.Option(metavar="DIR", help="faces: folder SUBJECT/*.jpg|png of aligned faces, InsightFace record folder, list file, WebDataset .tar or folder of shards, .parquet, datasets folder, .lmdb; A,B joins two of them, A+B their subjects of one name too; or proc:WORLD")]
 GeneratorOption = Annotated[Optional[Path], typer.Option(help="generator folder, or the word dcface for the shipped baseline; default: the shipped generator")]
 OutOption = Annotated[Path, typer.Option(help="output folder")]
 PerSubjectOption = Annotated[Optional[int], typer.Option(min=1, help="use at most so many images per subject; default: all of a stored set, 20 of a world")]
@@ -143,11 +143,14 @@ def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, se
     "`open_faces` with sizes for a world that has no end; damaged files, and subjects with too few images, are left out and named on stderr. ValueError for a set that is not whole yet."
     from cemiface.data.faceset import open_faces
     if source.startswith("proc:"): subjects, per_subject = subjects or 200, per_subject or 20
-    elif (Path(source)/".shares").is_dir() and not any((Path(source)/name).exists() for name in ("set.json", "render.json")):
-        raise ValueError(f"{source} is a set that is not whole yet: give the command again that began it, or cemiface set merge {source}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    for part in re.split("[,+]", source):
+        if (Path(part)/".shares").is_dir() and not any((Path(part)/name).exists() for name in ("set.json", "render.json")):
+            raise ValueError(f"{part} is a set that is not whole yet: give the command again that began it, or cemiface set merge {part}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         faces = open_faces(source, size, subjects, per_subject, seed=seed, on_bad="raise" if strict else "skip", progress=True)
+    for w in said: # what is left out follows
+        if w.category is UserWarning and " left out" not in str(w.message): typer.secho(w.message, fg="yellow", err=True)
     counts = faces.labels.bincount(minlength=faces.n_subjects)
     few = [f"subject {name} with {n} image{'s' * (n > 1)}" for name, n in zip(faces.subjects, counts.tolist()) if n < min_per_subject]
     if len(few) == faces.n_subjects or strict and few:
@@ -156,6 +159,9 @@ def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, se
     return faces.subset(counts[faces.labels] >= min_per_subject) if few else faces
 
 def named_path(source:str)->str: # the same for every way to write a path
+    from cemiface.data.joined import parts_of
+    sign, parts = parts_of(source)
+    if sign: return sign.join(map(named_path, parts))
     return source if source.startswith("proc:") else str(Path(source).expanduser().resolve())
 
 # %% ../../nbs/cli/01_options.ipynb #4fed1b63

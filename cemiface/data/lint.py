@@ -51,6 +51,7 @@ RULES = {
     "no header": ("warning", "no header record: readers that expect one drop an image"),
     "one name": ("error", "names that look the same, of other letters (composed and decomposed accents, spaces): one person twice; put the images into one folder"),
     "upper and lower case": ("warning", "names that differ in nothing else: one person twice? Some file systems take them for one folder"),
+    "joined names": ("warning", "joined by ',' every set's subjects are its own, by '+' those of one name are one person: see which is meant"),
     "no text": ("warning", "names of subjects or images that are not UTF-8: they are shown as bytes, and no list can hold them; rename them"),
     "index": ("warning", "the record file was read through, since its .idx is missing or another file's: convert the set to write one"),
     "duplicate": ("warning", "the same bytes twice for one subject: counts double in training and in similarity groups"),
@@ -308,7 +309,8 @@ def lint_set(
         idx = str(e.store.path.with_suffix(".idx"))
         findings |= record_rules(e, named is not None) | {"index": (len(says := [s for s in messages if s.startswith(idx)]), says)}
     if named: findings |= list_rules(named, **columns)
-    findings |= name_rules(e)
+    said = [message for message in messages if message.startswith(f"{e.name}: ") and hasattr(e.store, "sets")]
+    findings |= name_rules(e) | {"joined names": (len(said), said)}
     return report(e.name, f"{len(e)} images of {len(e.subjects)} subjects", findings)
 
 # %% ../../nbs/data/07_lint.ipynb #131e5a8b

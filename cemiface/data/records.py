@@ -248,8 +248,8 @@ def open_encoded(
 )->Encoded:
     "Open a labelled set of encoded images wherever it lies; images left out are named in `skipped`. ValueError or OSError says what is missing."
     path = Path(source)
-    if not path.exists(): raise FileNotFoundError(f"there is no {path}: check the path; a set is a record file, a folder of subjects, or a list file")
     form = form_of(path)
+    if not form and not path.exists(): raise FileNotFoundError(f"there is no {path}: check the path; a set is a record file, a folder of subjects, or a list file")
     if path.is_file() and not form and path.suffix.lower() not in (".rec", *LIST_SUFFIXES):
         raise ValueError(f"{path}: a set is a .rec file, a list (.txt .csv .tsv .lst), a .tar, .parquet or .lmdb file, or a folder: name one of them")
     record, named = find_record(path), find_list(path) if path.is_dir() else path
@@ -291,6 +291,7 @@ def write_list(
 )->Path: # the list file, which `open_encoded` takes
     "Write an index file: the source's path, then key or path and subject of each image. ValueError for what would not read back; FileExistsError if `path` holds something else."
     path, part = Path(path), encoded if indices is None else encoded.subset(indices)
+    if hasattr(part.store, "sets"): raise ValueError(f"{path}: a list names images of one set: write {part.name} as one first, data convert {part.store.path} FOLDER")
     names = [part.subjects[k] for k in part.labels.tolist()] if labels is None else [str(k) for k in labels.tolist()]
     if len(names) != len(part) or not names: raise ValueError(f"{path}: {len(part)} images but {len(names)} labels: one label an image is needed, and an image")
     if labels is not None and labels.min() < 0: raise ValueError(f"{path}: label {int(labels.min())}: labels start at 0: leave that image out")
@@ -307,6 +308,7 @@ def files_of(
 )->list[str]: # absolute paths
     "The files that the images of a set lie in."
     if encoded is None: return []
+    if hasattr(encoded.store, "sets"): return [name for part in encoded.store.sets for name in files_of(part)]
     root = os.path.abspath(encoded.store.path)
     if not isinstance(encoded.store, Files): return [root]
     return [os.path.join(root, encoded.store.paths[i]) for i in encoded.rows.tolist()]
