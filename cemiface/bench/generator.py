@@ -22,7 +22,7 @@ from ..core.machine import default_device, machine
 from ..world.worlds import draw_world
 from ..data.faceset import FaceSet, open_faces, to_float
 from ..recognition.training import fresh_backbone
-from ..generation.diffusion import ddim_scheduler, denoise, image_size, SAMPLERS
+from ..generation.diffusion import ddim_scheduler, denoise, image_size, predict, SAMPLERS
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS, identity_embedding
 from ..generation.simmat import SimMatConfig
 from ..generation.training import Denoiser, train_generator
@@ -94,8 +94,8 @@ def where_sampling_goes(
     device = default_device()
     unet, x, tokens = unet_and_input(name, precision, True, batch_size or BATCH[device][name])
     with torch.inference_mode():
-        unet(x, 500, encoder_hidden_states=tokens)
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as trace: unet(x, 500, encoder_hidden_states=tokens)
+        predict(unet, x, 500, tokens)
+        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as trace: predict(unet, x, 500, tokens)
     ops = [e for e in trace.key_averages() if e.device_type == torch.autograd.DeviceType.CPU and not e.is_user_annotation] # a GPU's kernels are counted with the operation
     times = pd.Series({e.key: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total for e in ops}, dtype=float)
     kind = [next((k for k, words in GENERATOR_OPERATIONS.items() if any(w in key for w in words.split("|"))), "other") for key in times.index]

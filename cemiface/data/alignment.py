@@ -35,7 +35,6 @@ from tqdm.auto import tqdm
 
 from ..core.files import foreign_encoding, write_whole
 from .images import BESIDE, encode_image, FORMATS, images_in, list_folder, read_image, scan
-from ..world import faces as procfaces
 from ..world.camera import TEMPLATE
 
 # %% ../../nbs/data/06_alignment.ipynb #7db006a0

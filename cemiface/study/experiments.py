@@ -157,7 +157,7 @@ class GeneratedSet(Task):
     def set_folder(self)->Path: return self.folder/"set"
 
     def share(self, shard:tuple=(0, 1)):
-        pipe, m, runs = place((self.baseline or self.generator).load(), default_device()), self.m, self.per_subject
+        pipe, m, runs = place((self.baseline or self.generator).load(), default_device(), "auto"), self.m, self.per_subject
         generate_set(pipe, (self.centres or self.inquiries).faces(self.subjects), list(m) if isinstance(m, tuple) else m,
                      runs if isinstance(runs, int) else list(runs), self.set_folder,
                      seed=self.seed, steps=self.steps, oversample=self.oversample, progress=shows_bars(), shard=shard)
@@ -289,7 +289,7 @@ class Samples(Task):
         return dict(inquiry=inquiries["images"][:self.count], inquiry_emb=inquiries["emb"][:self.count])
 
     def make(self):
-        pipe, inquiry = place((self.baseline or self.generator).load(), default_device()), self.inquiry()
+        pipe, inquiry = place((self.baseline or self.generator).load(), default_device(), "auto"), self.inquiry()
         wanted = inquiry["inquiry_emb"].repeat_interleave(self.per_inquiry, 0)
         seeds, images = [image_seed(0, i, k) for i in range(self.count) for k in range(self.per_inquiry)], []
         for j, m in enumerate(self.ms):
