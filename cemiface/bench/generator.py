@@ -26,7 +26,7 @@ from ..generation.diffusion import ddim_scheduler, denoise, image_size, predict,
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS, identity_embedding
 from ..generation.simmat import SimMatConfig
 from ..generation.training import Denoiser, train_generator
-from ..generation.pipeline import CemiFacePipeline
+from ..generation.pipeline import CemiFacePipeline, place
 from ..generation.calibration import sample_embeddings
 from ..generation.shipped import shipped_pipeline
 from ..sets.synthesis import generate_set
@@ -156,6 +156,7 @@ def bench_accuracy(
         p = study.profile
         parts, faces, sets = study.generator().load().components, study.inquiries().faces(p.set_subjects), study.benchmarks().load()
         pipe, avg = CemiFacePipeline(**parts | {"scheduler": SAMPLERS[sampler].from_config(parts["scheduler"].config)}), []
+        place(pipe, default_device(), "auto")
         for seed in study.seeds:
             drawn = generate_set(pipe, faces, 0., p.set_per_subject, Path(folder)/f"set {seed}", seed=seed, steps=steps, oversample=p.oversample, progress=False)
             avg.append(train_and_evaluate(open_faces(drawn, p.size), study.student(seed), sets, Path(folder)/"train")["accuracy"]["AVG"])
