@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 _homes = {
     "paper.published": ("errata", "beside"),
-    "world.faces": ("world_faces", "benchmark_pairs"),
+    "world.worlds": ("draw_world", "draw_benchmark"),
     "data.records": ("open_encoded",),
     "data.pairs": ("open_pairs",),
     "data.alignment": ("align_face", "align_folder"),

@@ -314,10 +314,15 @@ def test_factors_that_are_there_are_read_and_no_others():
     reader = fit_factors(emb, labels, truth[labels])
     assert reader.readable.tolist() == [True] * 3 + [False] * 2 and reader.r2[:3].min() > .9
     table = factor_table(reader, reader.held_out[:10], truth[:10])
-    by_hand = [[float((reader.held_out[a] - truth[b])[:3].square().mean().sqrt()) for b in range(80)] for a in range(80)]
+    spread = truth.std(0)
+    by_hand = [[float(((reader.held_out[a] - truth[b]) / spread)[:3].square().mean().sqrt()) for b in range(80)] for a in range(80)]
     assert table["mean"].iloc[0] == pytest.approx(np.mean(np.diag(by_hand)), abs=1e-5)
     assert table["mean"].iloc[1] == pytest.approx(np.mean(np.min(by_hand + np.diag([np.inf] * 80), 1)), abs=1e-5)
     assert table["mean"].iloc[2] == pytest.approx(np.mean(np.diag(by_hand)[:10]), abs=1e-5) and table["mean"].iloc[3] <= table["mean"].iloc[2]
+    units, known = torch.tensor([1000., 1, .01, 1, 1]), torch.cat([truth, torch.ones(80, 1)], 1)                   # other units, and one that never varies
+    other = fit_factors(emb, labels, (known * torch.cat([units, torch.ones(1)]))[labels])
+    assert other.readable.tolist() == [True] * 3 + [False] * 3
+    assert factor_table(other, other.held_out[:10], other.truth[:10]).values == pytest.approx(table.values, rel=1e-3)
     with pytest.raises(ValueError, match="tells none"): fit_factors(torch.randn(320, 20, generator=g), labels, truth[labels])
     with pytest.raises(ValueError, match="at least 20"): fit_factors(emb[:40], labels[:40], truth[labels][:40])
 
@@ -357,11 +362,11 @@ def test_files_that_are_no_features(tmp_path, monkeypatch, name, write, says):
 def sets(tmp_path_factory):
     "A set drawn by the shipped generator, one more as records, real people as a folder."
     root = tmp_path_factory.mktemp("sets")
-    asked = open_faces("proc:webface_1shot", 32, 6, 1)
+    asked = open_faces("proc:webface_1shot", 64, 6, 1)
     for name, form in (("drawn", "folder"), ("records", "records")):
         generate_set(shipped_models(), asked, [1., -1.], 2, root / name, steps=2, oversample=1, form=form, progress=False)
     generate_set(shipped_models(), asked, 0., 2, root / "bare", steps=1, oversample=0, progress=False)
-    real = open_faces("proc:casia", 32, 24, 4)
+    real = open_faces("proc:casia", 64, 24, 4)
     write_folder(root / "real", real.images, real.labels)
     write_folder(root / "copied", real.images[:48].flip(-1), real.labels[:48])
     return root

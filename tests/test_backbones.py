@@ -1,20 +1,22 @@
 "Backbones as they are saved, and what the two layouts have in common."
-from pathlib import Path
+import json
 
 import pytest
 import torch
 
-import cemiface
 from cemiface.recognition.backbones import BACKBONES, SqueezeExcite, UNITS, IResNet, backbone, forward_flops
 
 torch.set_num_threads(1)
 
 
-def test_folders_saved_before_there_was_a_choice_still_load():
-    "The shipped recogniser's config does not name `shortcut`."
-    folder = Path(cemiface.__file__).parent / "weights" / "generator" / "recogniser"
-    assert "shortcut" not in (folder / "config.json").read_text()
-    assert IResNet.from_pretrained(folder).config.shortcut == "conv"
+def test_folders_saved_before_there_was_a_choice_still_load(tmp_path):
+    "Older configs name neither `shortcut` nor `stem`."
+    IResNet(18, size=32, width=4, emb_dim=8).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    older = {k: v for k, v in config.items() if k not in ("shortcut", "stem")}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    loaded = IResNet.from_pretrained(tmp_path).config
+    assert (loaded.shortcut, loaded.stem) == ("conv", 1) and len(older) == len(config) - 2
 
 
 @pytest.mark.parametrize("shortcut", ["conv", "pool"])

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 import cemiface.bench.generator as module
 from cemiface.core.settings import changed
 from cemiface.bench.generator import bench_accuracy, bench_generator_training, bench_sampling, bench_steps, generator_parts, run_bench_generator, where_sampling_goes
+from cemiface.generation.diffusion import predict
 from cemiface.generation.conditioning import GENERATORS, face_conditioner, face_unet
 from cemiface.study.profiles import PROFILES
 from cemiface.study.study import Study
@@ -33,7 +34,7 @@ def test_operations_counted_layer_by_layer(name):
     kinds = {torch.nn.Conv2d: conv, torch.nn.Linear: linear, Attention: attend}
     for m in (*unet.modules(), *conditioner.modules()):
         if type(m) in kinds: m.register_forward_hook(kinds[type(m)])
-    with torch.no_grad(): unet(torch.zeros(1, 3, config.size, config.size), 0, encoder_hidden_states=conditioner(torch.zeros(1, config.emb_dim), torch.zeros(1)))
+    with torch.no_grad(): predict(unet, torch.zeros(1, 3, config.size, config.size), 0, conditioner(torch.zeros(1, config.emb_dim), torch.zeros(1)))
     cost = generator_cost(name, steps=7)
     assert cost["gflop_evaluation"] == pytest.approx(count[0]/1e9, abs=6e-4) and cost["gflop_sampled"] == pytest.approx(7*count[0]/1e9, abs=6e-3)
     assert cost["parameters_m"] == round(sum(p.numel() for m in (unet, conditioner) for p in m.parameters())/1e6, 2)

@@ -147,7 +147,7 @@ def test_a_procedural_world_and_a_folder_are_one_set(tmp_path):
     again = open_faces(write_folder(tmp_path/"set", world.images, world.labels), 16)
     assert torch.equal(world.images, again.images) and torch.equal(world.labels, again.labels) and world.subjects == again.subjects
     part = world.subset(world.labels == 7)
-    assert part.subjects == ["7"] and torch.equal(part.factors["identity"], world.factors["identity"][14:16])
+    assert part.subjects == ["7"] and torch.equal(part.factors["person"], world.factors["person"][14:16])
     for bad, says in (("proc:atlantis", "choose one of casia"), ("proc:", "choose one of")):
         with pytest.raises(ValueError, match=says): open_faces(bad, 16, 2, 2)
     with pytest.raises(FileNotFoundError, match="written proc:casia"): open_faces("casia", 16)

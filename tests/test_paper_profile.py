@@ -26,7 +26,8 @@ from cemiface.data.images import encode_image, read_image
 from cemiface.paper.inquiry_sources import CHALLENGES
 from cemiface.paper.methods import first_images, published_row
 from cemiface.data.pairs import open_pairs, write_bin
-from cemiface.world.faces import PROC_BENCHMARKS, WORLDS, benchmark_pairs, world_faces
+from cemiface.world.people import BENCHMARK_SIDES, PRESETS
+from cemiface.world.worlds import draw_benchmark, draw_world
 from cemiface.paper.published import published
 from cemiface.data.recordio import RecordWriter
 from cemiface.core.report import Finding
@@ -37,7 +38,7 @@ from cemiface.recognition.verification import evaluate
 
 NAMES = ["yardstick", "table1", "table9", "figure2", "control", "table11", "table6", "table13", "figure8"]
 COUNTS = [3, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7] # images of each subject of casia
-BINS = dict(zip(PROC_BENCHMARKS, ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")))
+BINS = dict(zip(BENCHMARK_SIDES, ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")))
 TINY = changed(GENERATORS["paper"], block_out_channels=(8, 8, 8, 8, 16), layers_per_block=(1,) * 5, norm_groups=4, head_dim=8, sim_dim=16, cond_dim=16)
 
 
@@ -69,16 +70,16 @@ def checkpoint(images): # an AdaFace network that has seen these images, with a 
 
 
 def write_layout(root):
-    faces = large(world_faces("casia", 12, 12, 28).images).view(12, 12, 3, 112, 112)
+    faces = large(draw_world("casia", 12, 12, 28).images).view(12, 12, 3, 112, 112)
     with RecordWriter(root / "casia") as record:
         for label, n in enumerate(COUNTS):
             for image in faces[label, :n]: record.add(encode_image(image, "jpg"), label)
     for kind, n in zip(CHALLENGES, (2, 3, 4, 5, 6)): # as many photos as somebody has found
-        write_folder(root / kind, large(world_faces(kind, n, 1, 28).images), range(n))
+        write_folder(root / kind, large(draw_world(kind, n, 1, 28).images), range(n))
     (root / "webface_1shot").mkdir()
-    for k, image in enumerate(large(world_faces("webface_1shot", 26, 1, 28).images)): (root / "webface_1shot" / f"{k}.jpg").write_bytes(encode_image(image, "jpg"))
+    for k, image in enumerate(large(draw_world("webface_1shot", 26, 1, 28).images)): (root / "webface_1shot" / f"{k}.jpg").write_bytes(encode_image(image, "jpg"))
     for name, file in BINS.items():
-        images, issame = benchmark_pairs(name, 20, 28)
+        images, issame = draw_benchmark(name, 20, 28)
         encoded = [encode_image(image, "jpg") for image in large(images[:24])]
         write_bin(root / f"{file}.bin", [encoded[k % 24] for k in range(80)], [*issame.tolist(), *issame.tolist()]) # 40 pairs of 24 photos
     torch.save(dict(state_dict=checkpoint(faces[:, 0])), root / "recogniser.ckpt")
@@ -116,10 +117,10 @@ def test_every_chosen_result_is_made(made):
     assert "Not made" not in (made[1] / "paper" / "index.html").read_text()
 
 
-def test_nothing_real_is_called_procedural(made):
+def test_nothing_real_is_called_rendered(made):
     found, out, _ = made
     page = (out / "paper" / "index.html").read_text()
-    assert "proc-" not in page and "proc:" not in page and "procedural" not in page and "photographs" in page
+    assert "proc-" not in page and "proc:" not in page and "rendered" not in page and "photographs" in page
     assert "89 images of 12 subjects" in page and "recogniser.ckpt" in page  # where the numbers come from
     assert {"LFW", "LFW published", "AVG", "AVG published"} <= set(found["table1"].table) and "proc" not in " ".join(found["table11"].table)
     measured = found["figure4"].figure.axes[0]
@@ -257,7 +258,7 @@ def test_a_bad_file_is_named_in_one_line(data, tmp_path, file, spoil, names, wor
 
 
 def test_a_damaged_pair_stops_before_any_training(data, tmp_path):
-    images, _ = benchmark_pairs("proc-LFW", 20, 28)
+    images, _ = draw_benchmark("proc-LFW", 20, 28)
     copy = shutil.copytree(data, tmp_path / "data")
     encoded = [encode_image(i, "jpg") for i in images]
     encoded[5] = encoded[5][:200]
@@ -267,7 +268,7 @@ def test_a_damaged_pair_stops_before_any_training(data, tmp_path):
 
 
 # ---- the graph
-def test_procedural_tasks_are_what_they_were(tmp_path):
+def test_rendered_tasks_are_what_they_were(tmp_path):
     s = Study("laptop", tmp_path, from_scratch=True)
     tasks = in_order([t for r in RESULTS.values() for t in r.needs(s)])
     assert len(tasks) > 100 and not s.real
@@ -278,7 +279,7 @@ def test_procedural_tasks_are_what_they_were(tmp_path):
 
 def test_names_of_data_are_those_of_the_worlds():
     from cemiface.study.user_files import BINS as files, NEEDED
-    assert set(NEEDED) == set(WORLDS) | set(files.values()) and [f"proc-{n}" for n in files] == list(PROC_BENCHMARKS)
+    assert set(NEEDED) == set(PRESETS) | set(files.values()) and [f"proc-{n}" for n in files] == list(BENCHMARK_SIDES)
 
 
 def test_published_volumes(tmp_path):

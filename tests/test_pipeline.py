@@ -25,7 +25,7 @@ from cemiface.generation.calibration import calibrate, sample_embeddings
 from cemiface.generation.diffusion import ddim_scheduler, image_size, predict
 from cemiface.generation.conditioning import identity_embedding
 from cemiface.generation.shipped import shipped_pipeline
-from cemiface.world.faces import world_faces
+from cemiface.world.worlds import draw_world
 from cemiface.generation.diffusion import noise_scheduler
 
 diffusers.utils.logging.disable_progress_bar()
@@ -426,7 +426,7 @@ def test_calibration_measures_what_the_pipeline_draws(given, tmp_path):
 def test_the_shipped_generator_gives_the_similarity_asked_for():
     pipe = shipped_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    faces = to_float(world_faces("webface_1shot", 24, 1, 32, first=30_000).images)
+    faces = to_float(draw_world("webface_1shot", 24, 1, 64, first=30_000).images)
     own = identity_embedding(pipe.recogniser, faces, None)
     for wanted in (.45, .65):
         x = pipe(faces, similarity=wanted, num_inference_steps=10, generator=torch.Generator().manual_seed(1), output_type="pt").images

@@ -20,8 +20,10 @@ from cemiface.generation import shipped
 from cemiface.study import experiments, models, study as studies
 from cemiface.recognition.backbones import backbone, forward_flops
 from cemiface.generation.conditioning import GENERATORS
+from cemiface.generation.diffusion import SAMPLERS
 from cemiface.data.faceset import open_faces
 from cemiface.generation.shipped import load_beside
+from cemiface.sets.synthesis import draw
 from cemiface.study.profiles import PROFILES
 from cemiface.study.study import Study
 from cemiface.study.tasks import in_order
@@ -194,7 +196,7 @@ def test_a_recogniser_is_trained_on_a_set_of_the_baseline(killed):
     assert all(a.shape == b.shape for a, b in zip(start.values(), own.values(), strict=True)) and any(not torch.equal(a, b) for a, b in zip(start.values(), own.values()))
 
 
-def test_packed_weights_are_what_was_trained(killed, tmp_path):
+def test_packed_weights_are_what_was_trained(killed, tmp_path, monkeypatch):
     study = Study("smoke", killed[0], seeds=1)
     card = pack(study, tmp_path)
     pipe = CemiFacePipeline.from_pretrained(tmp_path / "generator", dtype=torch.float32)
@@ -212,6 +214,13 @@ def test_packed_weights_are_what_was_trained(killed, tmp_path):
         assert all(torch.equal(a, b.half().float()) for a, b in zip(getattr(baseline, name).parameters(), getattr(own, name).parameters(), strict=True))
     assert card["dcface"]["steps"] == 30 and card["dcface"]["styles"] == 240 and -1 <= card["dcface"]["achieved"] <= 1
     assert list(card["achieved"]) == ["1", "0.6", "0.3", "0", "-0.3", "-0.6", "-1"] and 0 <= card["recogniser_accuracy"]["AVG"] <= 100
+    # every sampler is calibrated, and half precision moves a picture by less than a grey level on average
+    monkeypatch.setattr(shipped, "WEIGHTS", tmp_path)
+    packed, asked = shipped.shipped_pipeline(), study.inquiries().load()["emb"][:4]
+    assert {c["sampler"] for c in packed.config.calibration["second"]} == {cls.__name__ for cls in SAMPLERS.values()}
+    before, after = (draw(p, asked, 0., list(range(4)), 4).float() for p in (trained, packed))
+    assert (before - after).abs().mean() < 1
+    assert shipped.shipped_dcface().bank.config.images == min(512, own.bank.config.images)
 
 
 def test_plan_without_running(tmp_path):

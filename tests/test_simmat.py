@@ -15,7 +15,7 @@ from cemiface.data.images import read_image
 from cemiface.generation.diffusion import ddim_scheduler, denoise
 from cemiface.generation.simmat import PACE, SimMatConfig, m_grid, simmat_loss
 from cemiface.generation.training import SAMPLE_MS, Denoiser, SimMat, draw_step, load_generator, plot_training, random_centres, step_generator
-from cemiface.generation.diffusion import eps_from_v, noise_scheduler, x0_from_eps
+from cemiface.generation.diffusion import eps_from_output, noise_scheduler, x0_from_eps
 from cemiface.generation.training import train_generator
 from small import TINY, same, weights
 
@@ -160,8 +160,8 @@ def test_v_against_the_equations_written_out(t, snr_scale):
     x0, eps = torch.rand(2, 1, 3, 4, 4).mul(2).sub(1)
     root, rest = a.double().sqrt().item(), (1-a.double()).sqrt().item()
     xt, v = root*x0.double()+rest*eps.double(), root*eps.double()-rest*x0.double()
-    assert torch.allclose(eps_from_v(xt.float(), v.float(), a), eps, atol=1e-5)
-    assert torch.allclose(x0_from_eps(xt, eps_from_v(xt, v, a.double()), a.double()), x0.double(), atol=1e-6)
+    assert torch.allclose(eps_from_output(xt.float(), v.float(), a, "v_prediction"), eps, atol=1e-5)
+    assert torch.allclose(x0_from_eps(xt, eps_from_output(xt, v, a.double(), "v_prediction"), a.double()), x0.double(), atol=1e-6)
 
 
 def test_losses_are_of_the_noise_whatever_the_network_puts_out(tmp_path, monkeypatch):

@@ -253,12 +253,12 @@ def identity_part(a:Audit)->Finding:
     "Distances in the factors that make a rendered person."
     if a.other.factors is None: raise ValueError(f"{a.other.name} is not rendered: nobody knows a true identity")
     mine, some = (choose(f.labels, None, k) for f, k in zip((a.faces, a.other), a.images_each))
-    reader = fit_factors(a.other_emb[some], a.other.labels[some], a.other.factors["identity"][some])
+    reader = fit_factors(a.other_emb[some], a.other.labels[some], a.other.factors["person"][some])
     known = a.inquiries is not None and a.inquiries.factors
-    table = factor_table(reader, reader.read(a.emb[mine], a.faces.labels[mine]), a.inquiries.factors["identity"] if known else None)
+    table = factor_table(reader, reader.read(a.emb[mine], a.faces.labels[mine]), a.inquiries.factors["person"] if known else None)
     error, other, near = (table["mean"].iloc[i] for i in (0, 1, -1))
     return Finding(f"In the identity factors that the embedding tells ({int(reader.readable.sum())} of {len(reader.r2)}), generated subjects are {near:.2f} from the nearest person of {a.other.name}, real people {other:.2f} from their nearest other. "
-                   f"The reader's own error is {error:.2f}: so far are real people that it has not seen from themselves. Root mean square over factors in [-1, 1], low and high the 5th and 95th percentile." + ("" if known else " The truth about the inquiries is not known: name their world with --inquiries proc:WORLD."), table.reset_index(names="distance of"))
+                   f"The reader's own error is {error:.2f}: so far are real people that it has not seen from themselves. Root mean square over factors, each in its standard deviation among people; low and high the 5th and 95th percentile." + ("" if known else " The truth about the inquiries is not known: name their world with --inquiries proc:WORLD."), table.reset_index(names="distance of"))
 
 # %% ../../nbs/audit/04_page.ipynb #f85c58c0
 PARTS = {"faces": ("The set", faces_part), "similarity": ("Achieved similarity: Table 7", similarity_part), "leakage": ("Leakage: the nearest training identity", leakage_part),

@@ -19,14 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.files import write_whole
 from ..core.machine import default_device, machine
-from ..world.faces import world_faces
+from ..world.worlds import draw_world
 from ..data.faceset import FaceSet, open_faces, to_float
 from ..recognition.training import fresh_backbone
-from ..generation.diffusion import ddim_scheduler, denoise, image_size, SAMPLERS
+from ..generation.diffusion import ddim_scheduler, denoise, image_size, predict, SAMPLERS
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS, identity_embedding
 from ..generation.simmat import SimMatConfig
 from ..generation.training import Denoiser, train_generator
-from ..generation.pipeline import CemiFacePipeline
+from ..generation.pipeline import CemiFacePipeline, place
 from ..generation.calibration import sample_embeddings
 from ..generation.shipped import shipped_pipeline
 from ..sets.synthesis import generate_set
@@ -94,8 +94,8 @@ def where_sampling_goes(
     device = default_device()
     unet, x, tokens = unet_and_input(name, precision, True, batch_size or BATCH[device][name])
     with torch.inference_mode():
-        unet(x, 500, encoder_hidden_states=tokens)
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as trace: unet(x, 500, encoder_hidden_states=tokens)
+        predict(unet, x, 500, tokens)
+        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as trace: predict(unet, x, 500, tokens)
     ops = [e for e in trace.key_averages() if e.device_type == torch.autograd.DeviceType.CPU and not e.is_user_annotation] # a GPU's kernels are counted with the operation
     times = pd.Series({e.key: e.self_device_time_total if device == "cuda" else e.self_cpu_time_total for e in ops}, dtype=float)
     kind = [next((k for k, words in GENERATOR_OPERATIONS.items() if any(w in key for w in words.split("|"))), "other") for key in times.index]
@@ -133,9 +133,9 @@ def bench_steps(
     "The shipped generator with one sampler: what it achieves, and what it costs."
     pipe, n = shipped_pipeline().to(default_device()), inquiries * len(ms)
     size, judge = image_size(pipe.unet), lambda x: identity_embedding(pipe.recogniser, x, None).float().cpu()
-    real = judge(to_float(world_faces("casia", n, 1, size, first=20_000).images))
-    if sampler == "rendered": return dict(sampler=sampler, frechet=round(frechet_distance(judge(to_float(world_faces("casia", n, 1, size, first=30_000).images)), real), 4))
-    faces = to_float(world_faces("webface_1shot", inquiries, 1, size, first=10_000).images)
+    real = judge(to_float(draw_world("casia", n, 1, size, first=20_000).images))
+    if sampler == "rendered": return dict(sampler=sampler, frechet=round(frechet_distance(judge(to_float(draw_world("casia", n, 1, size, first=30_000).images)), real), 4))
+    faces = to_float(draw_world("webface_1shot", inquiries, 1, size, first=10_000).images)
     pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
     emb = sample_embeddings(pipe, faces, ms, steps, progress=False)["E_id"]
     cos = dict(zip((f"cos at m={m:g}" for m in ms), (emb * judge(faces)).sum(-1).mean(1).tolist()))
@@ -156,6 +156,7 @@ def bench_accuracy(
         p = study.profile
         parts, faces, sets = study.generator().load().components, study.inquiries().faces(p.set_subjects), study.benchmarks().load()
         pipe, avg = CemiFacePipeline(**parts | {"scheduler": SAMPLERS[sampler].from_config(parts["scheduler"].config)}), []
+        place(pipe, default_device(), "auto")
         for seed in study.seeds:
             drawn = generate_set(pipe, faces, 0., p.set_per_subject, Path(folder)/f"set {seed}", seed=seed, steps=steps, oversample=p.oversample, progress=False)
             avg.append(train_and_evaluate(open_faces(drawn, p.size), study.student(seed), sets, Path(folder)/"train")["accuracy"]["AVG"])
@@ -174,7 +175,7 @@ def generator_parts(
     walks = [("rendered", 0), *(("DDIM", n) for n in (5, 10, 20, 50)), *((s, n) for s in ("DPM-Solver++", "UniPC") for n in (5, 10))]
     trained = [*(("DDIM", n) for n in (5, 10, 20)), *(("DPM-Solver++", n) for n in (5, 10)), ("UniPC", 10)]
     return dict(sampling=[(bench_sampling, dict(name=n, precision=p, channels_last=c, compile=k, **some)) for n in configurations for p, c, k in ways],
-                training=[(bench_generator_training, dict(name=n, precision=p, compile=k, **some)) for n in configurations for k in [False] + [True] * (compile and default_device() == "cuda") for p in each],
+                training=[(bench_generator_training, dict(name=n, precision=p, compile=k, **some)) for n in configurations for k in [False] + [True] * compile for p in each],
                 steps=[(bench_steps, dict(sampler=s, steps=n)) for s, n in walks],
                 accuracy=[(bench_accuracy, dict(sampler=s, steps=n)) for s, n in trained])
 

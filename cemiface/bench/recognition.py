@@ -21,7 +21,7 @@ from torch.profiler import profile, ProfilerActivity
 
 from ..core.files import write_whole
 from ..core.machine import cores, default_device, machine, peak_rss
-from ..world.faces import world_faces
+from ..world.worlds import draw_world
 from ..data.images import encode_image
 from ..data.recordio import RecordWriter
 from ..data.faceset import augment, AUGMENT_DRAWS, FaceSet, lookups, open_faces, to_float
@@ -154,7 +154,7 @@ def bench_loading(
     workers:tuple[int, ...]=(0, 1, 2, 4, 8), # processes; more than there are cores are left out
 )->dict: # images per second by number of workers; 0: in the training's own process
     "How fast a record file becomes batches."
-    faces = world_faces("casia", 8, 4, size)
+    faces = draw_world("casia", 8, 4, size)
     jpegs = [encode_image(image, "jpg") for image in faces.images]
     rates = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -72,9 +72,9 @@ def reproduce_command(
 # %% ../../nbs/cli/07_app.ipynb #dba92024
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="CemiFace: labelled face sets at a chosen similarity, and the paper's results on one command.\n\n"
-                       "A DIR of faces is a folder SUBJECT/*.jpg|png of aligned faces, an InsightFace record folder, a list file, or proc:WORLD for procedural ones.\n\n"
+                       "A DIR of faces is a folder SUBJECT/*.jpg|png of aligned faces, an InsightFace record folder, a list file, or proc:WORLD for rendered ones.\n\n"
                        "Example, a first picture: cemiface demo\n\n"
-                       "Example, the paper's claim on procedural faces: cemiface reproduce --profile smoke")
+                       "Example, the paper's claim on rendered faces: cemiface reproduce --profile smoke")
 for name, command in {"reproduce": reproduce_command, "demo": demo_command, "train-recogniser": train_recogniser_command, "verify": verify_command, "groups": groups_command,
                       "train-generator": train_generator_command, "generate": generate_command, "render": render_command, "audit": audit_command}.items(): app.command(name)(command)
 for name, group in dict(data=data_app, recogniser=recogniser_app, set=set_app, bench=bench_app).items(): app.add_typer(group, name=name)

@@ -212,7 +212,7 @@ def demo_command(
     Example: cemiface demo --out demo.png
     """
     from cemiface.core.figures import save_figure
-    from cemiface.world.faces import world_faces
+    from cemiface.world.worlds import draw_world
     from cemiface.recognition.training import embed
     from cemiface.generation.diffusion import image_size
     from cemiface.generation.shipped import shipped_models
@@ -221,7 +221,7 @@ def demo_command(
     if out.suffix.lower() != ".png": raise ValueError(f"{out} does not end in .png: name a PNG file")
     quiet_loading()
     pipe = shipped_models()
-    face = world_faces("webface_1shot", 1, 1, image_size(pipe.unet), seed=seed).images
+    face = draw_world("webface_1shot", 1, 1, image_size(pipe.unet), seed=seed).images
     grid = draw_m_grid(pipe, face[0], DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
     cos = embed(pipe.recogniser, grid.flatten(0, 1)).cpu() @ embed(pipe.recogniser, face).cpu()[0]
     cos = cos.view(rows, -1)

@@ -124,8 +124,8 @@ def verify_command(
     recogniser: Annotated[list[Path], typer.Option(help="recogniser folder, public checkpoint file, or the word shipped; repeat for the seeds of one training: mean and interval over seeds")],
     benchmarks: BenchmarksOption = None,
     skip_damaged: SkipDamagedOption = False,
-    data: Annotated[Optional[str], typer.Option(metavar="DIR", help="faces to draw pairs from: a folder, record folder, list; default: the procedural benchmarks")] = None,
-    pairs: Annotated[int, typer.Option(min=20, help="pairs of each procedural benchmark, or to draw from --data")] = 600,
+    data: Annotated[Optional[str], typer.Option(metavar="DIR", help="faces to draw pairs from: a folder, record folder, list; default: the rendered benchmarks")] = None,
+    pairs: Annotated[int, typer.Option(min=20, help="pairs of each rendered benchmark, or to draw from --data")] = 600,
     out: Annotated[Optional[Path], typer.Option(help="folder to write table.csv and verification.png (score histograms, ROC) to")] = None,
     subjects: SubjectsOption = None,
     per_subject: PerSubjectOption = None,
@@ -137,7 +137,7 @@ def verify_command(
 ):
     """Measure 1:1 verification by InsightFace's 10-fold protocol.
 
-    On your own .bin sets (--benchmarks), on pairs drawn from your own faces (--data), or on the procedural benchmarks.
+    On your own .bin sets (--benchmarks), on pairs drawn from your own faces (--data), or on the rendered benchmarks.
 
     Example: cemiface verify --recogniser adaface_ir50.ckpt --benchmarks lfw.bin,cfp_fp.bin,agedb_30.bin,calfw.bin,cplfw.bin --out results
 
@@ -146,7 +146,8 @@ def verify_command(
     Example, three seeds of one training: cemiface verify --recogniser seed_0 --recogniser seed_1 --recogniser seed_2
     """
     import torch
-    from cemiface.world.faces import PROC_BENCHMARKS, benchmark_pairs
+    from cemiface.world.people import BENCHMARK_SIDES
+    from cemiface.world.worlds import draw_benchmark
     from cemiface.recognition.training import embed
     from cemiface.recognition.verification import results_table, table_over_seeds, verify, verify_sets
     if pairs % 20: raise ValueError(f"--pairs {pairs}: give a multiple of 20, so that ten folds hold as many same as different pairs")
@@ -162,7 +163,7 @@ def verify_command(
         used, index = torch.as_tensor(index).unique(return_inverse=True)
         results = [{faces.name: verify(embed(network, faces.subset(used), batch_size, flip=True, progress=True, precision=precision)[index], issame)} for network in networks]
     else:
-        pair_sets = pair_sets or {n: benchmark_pairs(n, pairs, *sizes, seed) for n in PROC_BENCHMARKS}
+        pair_sets = pair_sets or {n: draw_benchmark(n, pairs, *sizes, seed) for n in BENCHMARK_SIDES}
         results = [verify_sets(network, pair_sets, batch_size, progress=True, precision=precision) for network in networks]
     tables = [results_table(r) for r in results]
     table = table_over_seeds(tables) if len(tables) > 1 else tables[0]

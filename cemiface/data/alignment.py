@@ -34,8 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.files import foreign_encoding, write_whole
-from .images import BESIDE, encode_image, FORMATS, list_folder, read_image, scan
-from ..world import faces as procfaces
+from .images import BESIDE, encode_image, FORMATS, images_in, list_folder, read_image, scan
 from ..world.camera import TEMPLATE
 
 # %% ../../nbs/data/06_alignment.ipynb #7db006a0
@@ -43,7 +42,7 @@ def arcface_template(
     size:int=112, # pixels a side of the crop
 )->Tensor: # float64 [5,2], (x, y) in pixels
     "Where ArcFace's code puts left eye, right eye, nose tip and mouth corners."
-    return (procfaces.HALF_FRAME_TEMPLATE.double()*torch.tensor([1., -1.])+1)*size/2
+    return TEMPLATE.double()*size
 
 # %% ../../nbs/data/06_alignment.ipynb #abd44aed
 def similarity_transform(

@@ -91,8 +91,8 @@ def face_conditioner(
 GENERATORS = dict(
     smoke=GeneratorConfig(size=16, block_out_channels=(16, 32), layers_per_block=(1, 1), attention=(False, True),
         head_dim=16, norm_groups=8, sim_dim=64, cond_dim=32, tokens=4),
-    laptop=GeneratorConfig(size=32, block_out_channels=(16, 32, 64, 128), layers_per_block=(1, 1, 1, 1),
-        attention=(False, False, True, True), head_dim=32, norm_groups=8, sim_dim=512, cond_dim=128, tokens=4),
+    laptop=GeneratorConfig(size=64, patches=4, block_out_channels=(128, 160), layers_per_block=(1, 1),
+        attention=(False, True), head_dim=32, norm_groups=16, sim_dim=512, cond_dim=256, tokens=4),
     gpu=GeneratorConfig(size=112, patches=2, block_out_channels=(64, 128, 192, 256), layers_per_block=(1, 1, 1, 1),
         attention=(False, False, True, True), head_dim=64, sim_dim=512, cond_dim=512, tokens=4),
     paper=GeneratorConfig(size=112, block_out_channels=(128, 128, 256, 256, 512), layers_per_block=(1, 1, 1, 1, 3),

@@ -37,7 +37,7 @@ from ..data.faceset import batches, faces_fingerprint, FaceSet, lookups, to_floa
 from ..data.records import files_of
 from ..recognition.training import check_same_start, fresh_accelerator, to_device
 from ..recognition.groups import class_centres
-from .diffusion import ddim_scheduler, denoise, eps_from_v, noise_scheduler, predict, x0_from_eps
+from .diffusion import ddim_scheduler, denoise, eps_from_output, noise_scheduler, noise_weight, predict, x0_from_eps
 from .conditioning import Conditioner, face_conditioner, face_unet, GeneratorConfig
 from .simmat import PACE, sample_m, similarity, simmat_loss, SimMatConfig, TrainingConfig
 
@@ -304,15 +304,14 @@ def gradients(
     for k, (x, xt, eps, t, flip, index, *extra) in enumerate(zip(*(v.split(len(v)//n) for v in batch)), 1):
         with acc.autocast(): cond, target = task.condition(x, flip, index, *extra)
         with acc.no_sync(model) if k<n else nullcontext():
-            pred = model(xt, t, *cond)
-            if config.prediction=="v_prediction": pred = eps_from_v(xt, pred, alpha_bar[t])
+            pred = eps_from_output(xt, model(xt, t, *cond), alpha_bar[t], config.prediction)
             with acc.autocast(): emb_hat = recogniser(x0_from_eps(xt, pred, alpha_bar[t]))
             each, s, m = task.loss(emb_hat, t, *target)
-            mse, loss = F.mse_loss(pred, eps), each.mean()
+            errors = noise_weight(alpha_bar[t], config.prediction)*(pred-eps).square().mean((1, 2, 3))
+            mse, loss = errors.mean(), each.mean()
             acc.backward((mse+task.weight*loss)/n)
         losses += torch.stack([mse.detach(), loss.detach()])/n
-        bands = bands + band_sums(s.detach(), m, t, config.T, (pred.detach()-eps).square().mean((1, 2, 3)),
-                                  each.detach())
+        bands = bands + band_sums(s.detach(), m, t, config.T, errors.detach(), each.detach())
     return losses, bands
 
 # %% ../../nbs/generation/04_training.ipynb #3ec55bb1

@@ -88,7 +88,7 @@ CLAIMS += [
           lambda s: _volumes(s, ("CemiFace", 1.2), ("CemiFace", .5)), versus("CemiFace 1.2M"), _printed6),
     Claim("VGGFace2 is a better training set of the generator than CASIA-WebFace", "Table 4", _learned,
           versus("VGGFace2"), printed("table4", {"CASIA": 0, "VGGFace2": 6}),
-          "procedural worlds are of one size, so that only the kind of photo differs")]
+          "rendered worlds are of one size, so that only the kind of photo differs")]
 
 # %% ../../nbs/paper/10_claims.ipynb #50bc01f2
 def _positive(s, **settings): return trainings(s, 0., m_span=(0., 1.), **settings)
@@ -126,7 +126,7 @@ def claims_table(study:Study)->pd.DataFrame: # claim, where, pair, published, me
     least = least_difference([pd.Series(v).std() for v in settings.values()], len(study.seeds))
     unmade, rows = dict(pair="", published="", measured="", verdict="not made yet"), []
     for c, values in zip(CLAIMS, runs):
-        note = f" ({c.note})" if c.note and not (study.real and "procedural" in c.note) else ""
+        note = f" ({c.note})" if c.note and not (study.real and "rendered" in c.note) else ""
         rows.append(dict(claim=c.text + note, where=c.where, **(claim_row(c, values, least) if values else unmade)))
     return pd.DataFrame(rows)
 

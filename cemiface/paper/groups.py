@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..core.figures import figure_style
 from ..core.report import Finding
-from ..world.faces import NUISANCE
+from ..world.people import PHOTO
 from ..recognition.groups import group_table, plot_groups
 from ..study.results import result
 from ..study.study import Study
@@ -111,7 +111,7 @@ def plot_accuracy(table:pd.DataFrame, # `on`, every benchmark and AVG, each with
                      sizes={n: 2 if n == "AVG" else 1 for n in names}, ax=ax, legend=ax is axes[0])
         ax.set_title(title)
         if len(t) < 10: ax.set_xticks(t[on])
-    if "proc-LFW" in table: axes[0].set_title("measured, procedural benchmarks")
+    if "proc-LFW" in table: axes[0].set_title("measured, rendered benchmarks")
     axes[0].errorbar(table[on], table.AVG, table.AVG_sd.fillna(0), fmt="o", ms=4, color="black", capsize=3)
     if least == least: axes[0].axhspan(table.AVG.max() - least, table.AVG.max(), color=".9", lw=0, zorder=0)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
@@ -168,6 +168,6 @@ def figure2(study:Study, subjects:int=3)->Finding:
     plt.close(fig)
     facts = dict(first=cos[groups == 0].mean().item(), last=cos[groups == 4].mean().item(), subjects=subjects)
     if not faces.factors: return Finding(FIGURE2, figure=fig, facts=facts) # photographs
-    ranks = factor_ranks(pd.DataFrame(faces.factors["nuisance"].numpy(), columns=NUISANCE), pd.Series(cos.numpy()))
+    ranks = factor_ranks(pd.DataFrame(faces.factors["photo"].numpy(), columns=list(PHOTO)), pd.Series(cos.numpy()))
     facts["factors"] = ", ".join(f"{name} ({rank:+.2f})" for name, rank in ranks[:3].items())
     return Finding(FIGURE2 + FACTORS, figure=fig, facts=facts)

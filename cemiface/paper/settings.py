@@ -48,7 +48,7 @@ def plot_settings(table:pd.DataFrame, # of `settings_table`
     if least == least: ours.axvspan(table.AVG.max() - least, table.AVG.max(), color=".92", lw=0)
     ours.errorbar(table.AVG, table.setting, xerr=table.AVG_sd.fillna(0), fmt="o", color="black", capsize=3)
     theirs.plot(table["AVG published"], table.setting, "s", color="C0")
-    ours.set(title="measured" if real else "measured, procedural benchmarks", ylim=(len(table) - .5, -.5))
+    ours.set(title="measured" if real else "measured, rendered benchmarks", ylim=(len(table) - .5, -.5))
     theirs.set(title="published, photographs")
     for ax in (ours, theirs): ax.set_xlabel("AVG, percent")
     plt.close(fig)

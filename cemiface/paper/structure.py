@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core.figures import figure_style
 from ..core.report import Finding
-from ..world.faces import world_faces
+from ..world.worlds import draw_world
 from ..data.faceset import to_float
 from ..recognition.training import fresh_backbone
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS
@@ -176,13 +176,13 @@ CONDITION = dict(image="E_id(x) (Equation 5)", class_centre="the mean embedding 
 def _words(s:Structure)->dict[str, str]:
     "What stands in the boxes that training and generation share."
     c, (_, dim) = GENERATORS[s.profile.generator], s.shapes["E_id"][1]
-    velocity = s.profile.simmat.prediction == "v_prediction"
+    out = dict(epsilon="$\\epsilon'$", v_prediction="$v'\\!\\rightarrow\\epsilon'$", sample="$\\hat x_0\\!\\rightarrow\\epsilon'$")
     return dict(recogniser=f"❄ $E_{{id}}$\n{s.profile.teacher.backbone}, {s.count_text('E_id')}", m="$m$",
                 emb=f"$C_{{id}}$ [{dim}] (Eq. 5)", centre=f"subject's mean:\n$C_{{id}}$ [{dim}]",
                 f1=f"$F_1$ (Eq. 6)\n{s.sizes('F1')}\n{s.count_text('F1')}",
                 f2=f"$F_2$ (Eq. 7)\n{s.sizes('F2')}\n{s.count_text('F2')}",
                 tokens=f"$C_{{att}}$ [{c.tokens}, {c.cond_dim}]", unet=f"UNet, {s.count_text('UNet')} parameters",
-                out="$v'\\!\\rightarrow\\epsilon'$" if velocity else "$\\epsilon'$")
+                out=out[s.profile.simmat.prediction])
 
 def _condition(ax, words:dict, y:float, kind:str):
     "The lower left of both halves: an image to C_id, m to F1, both to F2."
@@ -301,7 +301,7 @@ def _legend(ax):
 def draw_structure(s:Structure): # matplotlib figure
     "Figure 3: training above, generation below."
     p = s.profile
-    photos = to_float(world_faces("casia", 2, 3, p.size).images).unflatten(0, (2, 3)) # of two subjects
+    photos = to_float(draw_world("casia", 2, 3, p.size).images).unflatten(0, (2, 3)) # of two subjects
     x = photos[:, 0]
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     scheduler = noise_scheduler(p.simmat.T, p.simmat.snr_scale)

@@ -19,7 +19,6 @@ import torch
 
 from ..core.files import write_whole
 from ..core.machine import default_device, launched
-from ..world.faces import world_faces
 from ..world.worlds import draw_world
 from ..data.faceset import FaceSet, open_faces, Picked
 from ..recognition.backbones import forward_flops
@@ -67,7 +66,7 @@ class Inquiries(Task):
     "One face each of new subjects, chosen so that every two have a cosine below a threshold (0.3 in the paper)."
     _exclude_from_cls_uid = ("source",)
     recogniser: TrainedRecogniser = Field(description="E_id, whose embeddings are kept")
-    world: str = Field(description="procedural world, or name of the user's set, of which one image per subject is used")
+    world: str = Field(description="rendered world, or name of the user's set, of which one image per subject is used")
     count: int = Field(description="inquiries wanted")
     candidates: int = Field(description="faces to choose from")
     size: int = Field(description="pixels")
@@ -82,7 +81,7 @@ class Inquiries(Task):
     def work(self): return ("render", self.candidates) if self.source is None else ("embed", self.candidates * (2 if self.filter else 1))
 
     def images(self): # of all candidates
-        if self.source is None: return world_faces(self.world, self.candidates, 1, self.size, device=default_device()).images
+        if self.source is None: return draw_world(self.world, self.candidates, 1, self.size, device=default_device()).images
         return stored_faces(first_of_each(open_images(Path(self.source)), self.candidates), self.size, self.world).images
 
     def make(self):
@@ -158,7 +157,7 @@ class GeneratedSet(Task):
     def set_folder(self)->Path: return self.folder/"set"
 
     def share(self, shard:tuple=(0, 1)):
-        pipe, m, runs = place((self.baseline or self.generator).load(), default_device()), self.m, self.per_subject
+        pipe, m, runs = place((self.baseline or self.generator).load(), default_device(), "auto"), self.m, self.per_subject
         generate_set(pipe, (self.centres or self.inquiries).faces(self.subjects), list(m) if isinstance(m, tuple) else m,
                      runs if isinstance(runs, int) else list(runs), self.set_folder,
                      seed=self.seed, steps=self.steps, oversample=self.oversample, progress=shows_bars(), shard=shard)
@@ -290,7 +289,7 @@ class Samples(Task):
         return dict(inquiry=inquiries["images"][:self.count], inquiry_emb=inquiries["emb"][:self.count])
 
     def make(self):
-        pipe, inquiry = place((self.baseline or self.generator).load(), default_device()), self.inquiry()
+        pipe, inquiry = place((self.baseline or self.generator).load(), default_device(), "auto"), self.inquiry()
         wanted = inquiry["inquiry_emb"].repeat_interleave(self.per_inquiry, 0)
         seeds, images = [image_seed(0, i, k) for i in range(self.count) for k in range(self.per_inquiry)], []
         for j, m in enumerate(self.ms):

@@ -143,7 +143,7 @@ class Baseline(Task):
 
 # %% ../../nbs/study/04_models.ipynb #67283d19
 class Yardstick(Task):
-    "E_id on the five benchmarks, and the same network before training: what the procedural accuracies range between."
+    "E_id on the five benchmarks, and the same network before training: what the rendered accuracies range between."
     recogniser: TrainedRecogniser = Field(description="E_id")
     benchmarks: Benchmarks = Field(description="evaluation")
 

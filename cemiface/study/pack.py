@@ -15,7 +15,7 @@ import torch
 
 from ..core.files import write_whole
 from ..core.machine import default_device, device_name
-from ..world.faces import world_faces
+from ..world.worlds import draw_world
 from ..data.faceset import to_float
 from ..generation.calibration import calibrate
 from ..generation.dcface import DCFacePipeline, StyleBank
@@ -25,11 +25,11 @@ from ..generation.shipped import save_beside
 from .study import Study
 
 # %% ../../nbs/study/11_pack.ipynb #0d71ba09
-def baseline_card(study:Study)->dict: # training; cosine to the inquiry over the profile's inquiries, one image for each
+def baseline_card(study:Study, styles:int)->dict: # training; cosine to the inquiry over the profile's inquiries, one image for each
     "What the card says of the baseline."
     p, samples = study.profile, study.samples(study.profile.inquiries, 1, (None,)).load()
     cos = (samples["emb"][0, :, 0] * samples["inquiry_emb"]).sum(-1)
-    return dict(steps=p.dcface.steps, batch_size=p.dcface.batch_size, styles=study.baseline().load().bank.config.images,
+    return dict(steps=p.dcface.steps, batch_size=p.dcface.batch_size, styles=styles,
                 achieved=round(cos.mean().item(), 3), achieved_std=round(cos.std().item(), 3))
 
 CALIBRATED = {"DDIM": (5, 10, 20), "DPM-Solver++": (5, 10), "UniPC": (10,)} # sampler: steps
@@ -40,7 +40,7 @@ def calibrate_shipped(
     people:int=100,
 )->None:
     "Curves of every sampler, under E_id and a recogniser of other weights, over faces that neither has seen."
-    faces = to_float(world_faces("webface_1shot", people, 1, study.profile.size, first=10_000, device=default_device()).images)
+    faces = to_float(draw_world("webface_1shot", people, 1, study.profile.size, first=10_000, device=default_device()).images)
     usual, second = pipe.scheduler, study.real_training().load()
     for name, steps in CALIBRATED.items():
         pipe.scheduler = SAMPLERS[name].from_config(usual.config)
@@ -65,16 +65,16 @@ def pack(
 )->dict: # the card
     "Write what `study` trained as the package ships it: generator/, dcface/, centres.safetensors and card.json."
     pipe, centres, accuracy = study.generator().load(), study.recogniser().load()[1], study.yardstick().run()["trained"]
-    control, p = study.control().load(), study.profile
+    control, p, dcface = study.control().load(), study.profile, with_fewer_styles(study.baseline().load())
     achieved = torch.einsum("mikd,id->mik", control["emb"], control["inquiry_emb"])
     card = dict(command=f"cemiface reproduce --profile {p.name} --from-scratch", device=device_name(), images=p.train_subjects * p.per_subject,
                 steps=p.simmat.steps, batch_size=p.simmat.batch_size, recogniser_accuracy={k: round(v, 2) for k, v in accuracy.items()},
                 inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())},
-                dcface=baseline_card(study)) | about
+                dcface=baseline_card(study, dcface.bank.config.images)) | about
     calibrate_shipped(study, pipe)
     for part in (pipe.unet, pipe.conditioner, pipe.recogniser): part.half()
     DiffusionPipeline.save_pretrained(pipe, folder/"generator") # the weights alone, without pipeline code and model card
-    save_beside(with_fewer_styles(study.baseline().load()), folder/"dcface")
+    save_beside(dcface, folder/"dcface")
     for path in folder.rglob("*.json"): # where the parts were loaded from is nobody's business
         write_whole(path, json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}, indent=2).encode())
     write_whole(folder/"centres.safetensors", save(dict(centres=centres[:p.subjects].half().cpu().contiguous())))

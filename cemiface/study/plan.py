@@ -16,7 +16,7 @@ import torch
 from ..core.files import write_whole
 from ..core.machine import chosen_precision, default_device
 from ..core.report import duration
-from ..world.faces import world_faces
+from ..world.worlds import draw_world
 from ..recognition.backbones import forward_flops
 from ..recognition.training import fresh_backbone
 from ..generation.conditioning import GENERATORS
@@ -60,7 +60,7 @@ def _seconds(call, units:int, precision:str="no")->float:
 
 def _source_seconds(profile:Profile, n:int)->float:
     "Seconds to render one image; nothing is rendered where the profile reads the user's files."
-    return 0. if profile.real else _seconds(lambda: world_faces("casia", n, 1, profile.size, device=default_device()), n)
+    return 0. if profile.real else _seconds(lambda: draw_world("casia", n, 1, profile.size, device=default_device()), n)
 
 def measured_rates(profile:Profile, threads:int)->dict[str, float]:
     "Seconds per image of getting it, embedding, training a recogniser, denoising, training the generator: a first guess."

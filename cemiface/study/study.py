@@ -38,7 +38,7 @@ class Study:
         if data and not self.real and not self.files.others(): raise ValueError(f"{data} holds no sets/NAME: profile {self.name} renders its own faces, and reads nothing else there")
 
     @property
-    def kind(self)->str: return "photographs" if self.real else "procedural faces"
+    def kind(self)->str: return "photographs" if self.real else "rendered faces"
 
     def missing_files(self, tasks:list)->list[Entry]: # what these tasks need of the user's files, and cannot be used
         stored = [t for t in in_order(tasks) if getattr(t, "source", None) is not None] if self.files.given or self.real else []

@@ -20,13 +20,14 @@ import torch
 
 from ..core.files import write_whole
 from ..core.machine import default_device
-from ..world.faces import benchmark_pairs, PROC_BENCHMARKS, world_faces
+from ..world.people import BENCHMARK_SIDES
+from ..world.worlds import draw_benchmark, draw_world
 from ..data.faceset import FaceSet, Picked
 from ..data.pairs import open_pairs, PairImages
 from .user_files import BINS, open_images, pairs_path, stored_faces, whole_pairs
 
 # %% ../../nbs/study/03_tasks.ipynb #5751b4b3
-CACHE = "2" # raise it when a task comes to mean something else
+CACHE = "3" # raise it when a task comes to mean something else
 logging.getLogger("exca").setLevel(logging.CRITICAL) # a failure is reported once, by name
 disable_progress_bar() # of diffusers, while it loads a pipeline
 
@@ -79,9 +80,9 @@ def in_order(tasks:list[Task])->list[Task]:
 
 # %% ../../nbs/study/03_tasks.ipynb #69c01ed9
 class WorldFaces(Task):
-    "A set of faces: of a procedural world, rendered once, or the user's, which stays where it is."
+    "A set of faces: of a rendered world, rendered once, or the user's, which stays where it is."
     _exclude_from_cls_uid = ("source",)
-    world: str = Field(description="procedural world, or name of the user's set")
+    world: str = Field(description="rendered world, or name of the user's set")
     subjects: int = Field(description="number of subjects")
     per_subject: int = Field(description="images of each; of the user's the mean, rounded")
     size: int = Field(description="pixels")
@@ -101,15 +102,15 @@ class WorldFaces(Task):
         if self.source is not None:
             stored = open_images(Path(self.source))
             return dict(images=len(stored), subjects=len(stored.subjects))
-        faces = world_faces(self.world, self.subjects, self.per_subject, self.size, device=default_device())
-        self.keep(images=faces.images, labels=faces.labels, identity=faces.identity, nuisance=faces.nuisance)
+        faces = draw_world(self.world, self.subjects, self.per_subject, self.size, device=default_device())
+        self.keep(images=faces.images, labels=faces.labels, person=faces.person, photo=faces.photo)
         return dict(images=self.count, subjects=self.subjects)
 
     def load(self)->FaceSet:
         if self.source is not None: return stored_faces(open_images(Path(self.source)), self.size, self.world)
         tensors = self.tensors()
         return FaceSet(tensors["images"], tensors["labels"], [str(i) for i in range(self.subjects)], f"proc:{self.world}",
-                       dict(identity=tensors["identity"], nuisance=tensors["nuisance"]))
+                       dict(person=tensors["person"], photo=tensors["photo"]))
 
 # %% ../../nbs/study/03_tasks.ipynb #3e2ea15c
 class Benchmarks(Task):
@@ -129,8 +130,8 @@ class Benchmarks(Task):
     def make(self): # of the user's, every image is decoded once: a damaged one is named now and not after a training
         if self.source is not None: return {name: len(whole_pairs(pairs)) for name, pairs in self.load().items()}
         tensors = {}
-        for name in PROC_BENCHMARKS:
-            images, issame = benchmark_pairs(name, self.pairs, self.size, device=default_device())
+        for name in BENCHMARK_SIDES:
+            images, issame = draw_benchmark(name, self.pairs, self.size, device=default_device())
             tensors |= {f"{name}/images": torch.as_tensor(images), f"{name}/issame": torch.as_tensor(issame)}
         self.keep(**tensors)
         return dict(pairs=self.pairs)
@@ -138,7 +139,7 @@ class Benchmarks(Task):
     def load(self)->dict:
         if self.source is not None: return {name: open_pairs(pairs_path(Path(self.source), file)) for name, file in BINS.items()}
         tensors = self.tensors()
-        return {n: (tensors[f"{n}/images"], tensors[f"{n}/issame"].bool()) for n in PROC_BENCHMARKS}
+        return {n: (tensors[f"{n}/images"], tensors[f"{n}/issame"].bool()) for n in BENCHMARK_SIDES}
 
     def lfw(self)->tuple: # images of pairs, in order; bool [P]
         first = next(iter(self.load().values()))
