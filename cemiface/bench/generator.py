@@ -32,7 +32,7 @@ from ..generation.shipped import shipped_pipeline
 from ..sets.synthesis import generate_set
 from ..audit.similarity import frechet_distance
 from ..study.profiles import Profile, PROFILES
-from ..study.experiments import train_and_evaluate
+from ..study.experiments import DRAWN_IN, train_and_evaluate
 from ..study.study import Study
 from .recognition import alone, DTYPES, matmul_peak, repeat_for
 
@@ -156,7 +156,7 @@ def bench_accuracy(
         p = study.profile
         parts, faces, sets = study.generator().load().components, study.inquiries().faces(p.set_subjects), study.benchmarks().load()
         pipe, avg = CemiFacePipeline(**parts | {"scheduler": SAMPLERS[sampler].from_config(parts["scheduler"].config)}), []
-        place(pipe, default_device(), "auto")
+        place(pipe, default_device(), DRAWN_IN.get(p.generator))
         for seed in study.seeds:
             drawn = generate_set(pipe, faces, 0., p.set_per_subject, Path(folder)/f"set {seed}", seed=seed, steps=steps, oversample=p.oversample, progress=False)
             avg.append(train_and_evaluate(open_faces(drawn, p.size), study.student(seed), sets, Path(folder)/"train")["accuracy"]["AVG"])

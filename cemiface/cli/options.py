@@ -159,8 +159,8 @@ def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, se
     return faces.subset(counts[faces.labels] >= min_per_subject) if few else faces
 
 def named_path(source:str)->str: # the same for every way to write a path
-    from cemiface.data.joined import parts_of
-    sign, parts = parts_of(source)
+    from cemiface.data.joined import sets_named
+    sign, parts = sets_named(source)
     if sign: return sign.join(map(named_path, parts))
     return source if source.startswith("proc:") else str(Path(source).expanduser().resolve())
 
