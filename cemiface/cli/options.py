@@ -7,11 +7,11 @@ __all__ = ['BAD_INPUT', 'BatchSizeOption', 'ChannelsOption', 'DeviceOption', 'Fa
            'PerSubjectOption', 'RecogniserOption', 'SeedOption', 'ShareOption', 'StrictOption', 'SubjectsOption',
            'ListSettingsOption', 'PrecisionOption', 'SettingsOption', 'TrackerOption', 'one_line_errors', 'claim',
            'end_of_share', 'change_settings', 'settings_list', 'check_tracker', 'check_launch', 'pick_device',
-           'say_left_out', 'open_named', 'named_path', 'open_inquiries', 'quiet_loading', 'open_recogniser',
+           'say_left_out', 'open_named', 'each_set', 'named_path', 'open_inquiries', 'quiet_loading', 'open_recogniser',
            'open_pipeline']
 
 # %% ../../nbs/cli/01_options.ipynb #869776b3
-import functools, json, os, re, warnings
+import functools, json, os, warnings
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -143,7 +143,7 @@ def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, se
     "`open_faces` with sizes for a world that has no end; damaged files, and subjects with too few images, are left out and named on stderr. ValueError for a set that is not whole yet."
     from cemiface.data.faceset import open_faces
     if source.startswith("proc:"): subjects, per_subject = subjects or 200, per_subject or 20
-    for part in re.split("[,+]", source):
+    for part in each_set(source):
         if (Path(part)/".shares").is_dir() and not any((Path(part)/name).exists() for name in ("set.json", "render.json")):
             raise ValueError(f"{part} is a set that is not whole yet: give the command again that began it, or cemiface set merge {part}")
     with warnings.catch_warnings(record=True) as said:
@@ -157,6 +157,11 @@ def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, se
         raise ValueError(f"{source}: {len(few)} of {faces.n_subjects} subjects have fewer than {min_per_subject} images, the first is {few[0]}: add images, or lower the number that is asked for")
     say_left_out(faces.skipped + few)
     return faces.subset(counts[faces.labels] >= min_per_subject) if few else faces
+
+def each_set(source:str)->list[str]: # the sets that a join names, however deep
+    from cemiface.data.joined import sets_named
+    sign, parts = sets_named(source)
+    return [name for part in parts for name in each_set(part)] if sign else parts
 
 def named_path(source:str)->str: # the same for every way to write a path
     from cemiface.data.joined import sets_named

@@ -6,7 +6,6 @@
 __all__ = ['sets_named', 'Joined', 'set_names', 'join', 'open_joined']
 
 # %% ../../nbs/data/12_joined.ipynb #e9f20104
-import re
 import warnings
 from collections import Counter
 from itertools import accumulate
@@ -25,7 +24,7 @@ def sets_named(
     sign = "," if "," in text else "+" if "+" in text else ""
     if not sign or Path(text).expanduser().exists(): return "", [text]
     parts = [part.strip() for part in text.split(sign)]
-    if "" in parts: raise ValueError(f"{text}: a set is missing beside {sign!r}: write A{sign}B, without spaces")
+    if "" in parts: raise ValueError(f"{text}: a set is missing beside {sign!r}: write A{sign}B")
     return sign, parts
 
 # %% ../../nbs/data/12_joined.ipynb #e9f2010b
