@@ -7,12 +7,13 @@ __all__ = ['data_app', 'SourceArgument', 'DepthOption', 'PathColumnOption', 'Lab
            'lint_command', 'align_command']
 
 # %% ../../nbs/cli/02_data.ipynb #b8df9925
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
 
-from .options import one_line_errors, say_left_out, StrictOption
+from .options import DeviceOption, one_line_errors, open_recogniser, say_left_out, StrictOption
 
 # %% ../../nbs/cli/02_data.ipynb #598ae54b
 data_app = typer.Typer(no_args_is_help=True, help="Convert, check and align sets of faces.")
@@ -80,18 +81,31 @@ def lint_command(
     depth: DepthOption = None,
     path_column: PathColumnOption = None,
     label_column: LabelColumnOption = None,
+    recogniser: Annotated[Optional[Path], typer.Option(help="of joined sets, compare the faces too, with this recogniser: folder, public checkpoint file, or the word shipped")] = None,
+    device: DeviceOption = None,
 ):
     """Look at every image of a set once, and name what is wrong.
 
-    Labels, pictures that are not looked at, unreadable and repeated images, channels, sizes. Exit status 1 for errors.
+    Labels, pictures that are not looked at, unreadable and repeated images, channels, sizes; with --recogniser also who stands in two of the joined sets. Exit status 1 for errors.
 
     Example: cemiface data lint faces_webface_112x112 --size 112
 
     Example: cemiface data lint lfw.bin --strict --out faults.csv
+
+    Example, is anybody in both sets: cemiface data lint my_faces,my_set --recogniser adaface_ir50.ckpt
     """
+    from cemiface.audit.overlap import face_findings
     from cemiface.core.files import write_whole
+    from cemiface.data.faceset import open_faces
     from cemiface.data.lint import lint
-    report = lint(source, size, progress=True, depth=depth, path_column=path_column, label_column=label_column)
+    how = dict(depth=depth, path_column=path_column, label_column=label_column)
+    if recogniser:
+        network = open_recogniser(recogniser, device)
+        with warnings.catch_warnings(): # the report tells what opening has to say
+            warnings.simplefilter("ignore")
+            faces = open_faces(source, network.config.size)
+        how["more"] = face_findings(faces, network, progress=True)
+    report = lint(source, size, progress=True, **how)
     if out: write_whole(out, report.table.to_csv(index=False))
     typer.echo(f"{report}" + (f"\nThe table is in {out}" if out else ""))
     raise typer.Exit(report.status(strict))

@@ -52,6 +52,8 @@ RULES = {
     "one name": ("error", "names that look the same, of other letters (composed and decomposed accents, spaces): one person twice; put the images into one folder"),
     "upper and lower case": ("warning", "names that differ in nothing else: one person twice? Some file systems take them for one folder"),
     "joined names": ("warning", "joined by ',' every set's subjects are its own, by '+' those of one name are one person: see which is meant"),
+    "one face": ("warning", "subjects of two sets nearer to each other than one person usually is to herself: look at them, and leave one out or give both one name"),
+    "two faces": ("warning", "one name in two sets, and no nearer than strangers are: join the sets by ','"),
     "no text": ("warning", "names of subjects or images that are not UTF-8: they are shown as bytes, and no list can hold them; rename them"),
     "index": ("warning", "the record file was read through, since its .idx is missing or another file's: convert the set to write one"),
     "duplicate": ("warning", "the same bytes twice for one subject: counts double in training and in similarity groups"),
@@ -287,6 +289,7 @@ def lint_set(
     depth:int|None=None,       # these three as for `open_encoded`
     path_column:str|None=None,
     label_column:str|None=None,
+    more:dict[str, tuple[int, list[str]]]={}, # findings of other tools, by rule: how many, the first three
 )->Report:
     "Check a labelled set. ValueError or OSError if it cannot be opened at all."
     source, columns = Path(source), dict(path_column=path_column, label_column=label_column)
@@ -310,7 +313,7 @@ def lint_set(
         findings |= record_rules(e, named is not None) | {"index": (len(says := [s for s in messages if s.startswith(idx)]), says)}
     if named: findings |= list_rules(named, **columns)
     said = [message for message in messages if message.startswith(f"{e.name}: ") and hasattr(e.store, "sets")]
-    findings |= name_rules(e) | {"joined names": (len(said), said)}
+    findings |= name_rules(e) | {"joined names": (len(said), said)} | more
     return report(e.name, f"{len(e)} images of {len(e.subjects)} subjects", findings)
 
 # %% ../../nbs/data/07_lint.ipynb #131e5a8b
@@ -337,9 +340,9 @@ def lint(
     source:str|Path,    # a labelled set, or verification pairs: .bin, pairs.txt or .csv, a folder that holds one of these
     size:int|None=None, # pixels a side that images should have; None: as most images
     progress:bool=False,
-    **how,              # of a labelled set: depth, path_column, label_column, as for `open_encoded`
+    **how,              # of a labelled set: depth, path_column, label_column, more, as for `lint_set`
 )->Report:
     "Look at every image of a set once and report what is wrong with it. ValueError or OSError if it cannot be opened at all."
     if not is_pairs(source): return lint_set(source, size, progress, **how)
-    if any(how.values()): raise ValueError(f"{source}: a depth and names of columns are for labelled sets, and these are pairs: leave them out")
+    if any(how.values()): raise ValueError(f"{source}: a depth, names of columns and a recogniser are for labelled sets, and these are pairs: leave them out")
     return lint_pairs(source, size, progress)

@@ -64,6 +64,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     batch_size:int = Field(64, ge=1, description="images per step, over all processes")
     lr:float = Field(1e-4, gt=0, description="of AdamW, after the warm-up")
     warmup_steps:int = Field(500, ge=0, description="over which lr rises linearly")
+    cooldown_steps:int = Field(0, ge=0, description="the last ones, over which lr falls linearly to 0: sharper images")
     weight_decay:float = Field(0., ge=0, description="of AdamW")
     clip_grad:float = Field(1., gt=0, description="largest norm of the gradient")
     T:int = Field(1000, ge=2, description="time steps")
@@ -83,7 +84,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     sample_every:int = Field(0, ge=0, description="steps between two sample grids in samples/; 0: none")
 
 # a run may go on with others
-PACE = ("steps", "log_every", "save_every", "sample_every", "accumulate", "checkpointing", "channels_last", "compile")
+PACE = ("steps", "cooldown_steps", "log_every", "save_every", "sample_every", "accumulate", "checkpointing", "channels_last", "compile")
 
 class SimMatConfig(TrainingConfig):
     "How the generator is trained, Algorithm 1."
