@@ -401,6 +401,13 @@ def test_copies_end_in_an_alarm(sets, tmp_path):
     assert (pd.read_csv(tmp_path / "a/tables/subjects.csv").eval("subject == nearest")).mean() > .9
 
 
+def test_too_few_people_have_a_status_of_their_own(sets, tmp_path):
+    said = run(sets / "drawn", "--against", sets / "real", "--subjects", 3, "--out", tmp_path / "a")
+    assert said.exit_code == 4 and "Leakage: Too few to tell" in said.stdout, said.output
+    said = run(sets / "drawn", "--against", sets / "real", "--subjects", 1, "--out", tmp_path / "b")
+    assert said.exit_code == 4 and "Leakage: Left out" in said.stdout, said.output
+
+
 def test_inquiries_held_out_people_and_features(sets, tmp_path):
     np.save(tmp_path / "f.npy", np.random.default_rng(0).normal(size=(9, 4)))
     said = run(sets / "bare", "--against", "proc:casia", "--subjects", 24, "--per-subject", 3, "--inquiries", "proc:webface_1shot", "--held-out", "proc:vggface2", "--features", tmp_path / "f.npy", tmp_path / "f.npy", "--out", tmp_path / "a")

@@ -84,6 +84,23 @@ def test_opened_checked_listed_converted(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_trained_on(tmp_path, form):
+    words = ["train-recogniser", "--data", str(written(tmp_path, form)), "--size", "16", "--set", "backbone=ir18", "--set", "width=8", "--epochs", "1", "--batch-size", "6", "--out", str(tmp_path / "r")]
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 0 and "on 12 images of 3 subjects" in said.output, said.output
+
+
+@pytest.mark.parametrize("to", ["records", "webdataset", "parquet"])
+def test_names_that_are_no_text_are_kept(tmp_path, to):
+    names = ["Jos\udce9_0", "M\udcfcller", "Zo\u00eb"]
+    for k, label in enumerate(LABELS):
+        (tmp_path / "odd" / names[label]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "odd" / names[label] / f"{k}.png").write_bytes(IMAGES[k])
+    convert(tmp_path / "odd", tmp_path / to, to)
+    assert content(open_encoded(tmp_path / to)) == expected(names)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_read_from_threads_forks_and_other_processes(tmp_path, form):
     found = open_encoded(written(tmp_path, form))
     whole = [found.read(i) for i in range(12)]

@@ -188,7 +188,7 @@ def open_tar(
     elif all(folders): stored = folders
     else: raise ValueError(f"{path}: its samples ({' '.join(f'.{e}' for e in sorted(extensions))}) hold no .cls or .json with the subject, and lie in no folders" + (": pickles are not read, since they could run code" if extensions & {"pyd", "pkl", "pickle", "pth"} else ""))
     names = shards[0].with_name("subjects.txt")
-    classes = names.read_text("utf-8").split("\n")[:-1] if names.exists() and stored is not folders else []
+    classes = names.read_text("utf-8", "surrogateescape").split("\n")[:-1] if names.exists() and stored is not folders else []
     return labelled(path, TarImages(path, shards, members, np.array(places, np.int64).reshape(-1, 3)), stored, classes, skipped)
 
 FORMS.append((lambda path: bool(find_shards(path, ".tar")), open_tar))

@@ -112,7 +112,7 @@ class ShardWriter:
         "The last images, names, card, and the folder's name. ValueError without an image."
         self.flush()
         if not self.written: raise ValueError(f"{self.folder}: no image to write")
-        if self.subjects and self.suffix == ".tar": write_whole(self.part/"subjects.txt", "".join(f"{name}\n" for name in self.subjects).encode())
+        if self.subjects and self.suffix == ".tar": write_whole(self.part/"subjects.txt", "".join(f"{name}\n" for name in self.subjects).encode("utf-8", "surrogateescape"))
         write_whole(self.part/"README.md", dataset_card(self.name, self.written, self.n_subjects, self.suffix).encode())
         os.rename(self.part, self.folder)
 
