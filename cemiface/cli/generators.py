@@ -78,7 +78,7 @@ def train_generator_command(
     from cemiface.core.machine import launched
     from cemiface.core.settings import changed
     from cemiface.generation.conditioning import GENERATORS
-    from cemiface.generation.diffusion import ddim_scheduler
+    from cemiface.generation.diffusion import ddim_scheduler, SAMPLERS
     from cemiface.generation.simmat import PACE
     from cemiface.generation.training import plot_training
     from cemiface.study.profiles import PROFILES
@@ -99,7 +99,10 @@ def train_generator_command(
           **config.model_dump(exclude=set(PACE)))
     unet, conditioner = train(faces, network, sizes, config, out/"train", _start(init, method, config, out), log_with=log_with)
     if launched()[0]: return # one of several processes speaks
-    made = pipeline((unet, conditioner, network, ddim_scheduler(config.snr_scale, config.T, config.prediction)), faces)
+    usual = PROFILES[preset] # whose sampler and steps it draws with
+    noise = ddim_scheduler(config.snr_scale, config.T, config.prediction)
+    made = pipeline((unet, conditioner, network, SAMPLERS[usual.sampler].from_config(noise.config)), faces)
+    made.register_to_config(steps=usual.steps)
     made.save_pretrained(out/"pipeline")
     save_figure(plot_training(pd.read_csv(out/"train/log.csv")), out/"training.png")
     typer.echo(f"{out} holds the generator (pipeline) and its losses (training.png): {config.steps} steps of {config.batch_size} images, from {len(faces)} faces\n"
@@ -158,8 +161,8 @@ def generate_command(
     threshold: Annotated[float, typer.Option(help="use inquiries whose cosine to each other is below this (the paper: 0.3); 1 uses all")] = 1.0,
     threshold_recogniser: Annotated[Optional[Path], typer.Option(help="recogniser of this cosine; default: the generator's own")] = None,
     oversample: Annotated[Optional[int], typer.Option(min=0, help="copies of the inquiry image added to its subject; default: 5, of embeddings none")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="steps of the sampler")] = 20,
-    sampler: Annotated[Literal["DDIM", "DPM-Solver++", "UniPC"], typer.Option(case_sensitive=False, help="how the steps are taken; DDIM is the paper's")] = "DDIM",
+    steps: Annotated[Optional[int], typer.Option(min=1, help="steps of the sampler; default: the generator's own, or 20 with another --sampler")] = None,
+    sampler: Annotated[Optional[Literal["DDIM", "DPM-Solver++", "UniPC"]], typer.Option(case_sensitive=False, help="how the steps are taken; DDIM is the paper's; default: the generator's own")] = None,
     precision: Annotated[Optional[Literal["auto", "no", "bf16"]], typer.Option(help="of the UNet; auto: what this machine is faster in; default: bf16 with CUDA, else no")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the UNet")] = False,
     batch_size: BatchSizeOption = 64,
@@ -185,6 +188,7 @@ def generate_command(
     from cemiface.sets.synthesis import generate_set
     device, shard = pick_device(device), current_share(share)
     pipe = open_pipeline(generator, device, sampler, precision)
+    steps = steps or pipe.config.steps
     wanted = _similarity_of(pipe, m, similarity, plan, scale, per_subject, steps)
     faces = _inquiries_of(inquiry, pipe, wanted["per_subject"], subjects, threshold, threshold_recogniser, seed)
     if oversample is None: oversample = 5 if hasattr(faces, "images") else 0
@@ -203,14 +207,15 @@ DEMO_MS = (1.0, 0.66, 0.33, 0.0, -0.33, -0.66, -1.0)
 @one_line_errors("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("cemiface_demo.png"),
-    rows: Annotated[int, typer.Option(min=1, max=16, help="rows of the picture, each from a noise of its own")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="DDIM steps")] = 20,
+    rows: Annotated[int, typer.Option(min=1, max=16, help="inquiry faces, a row each")] = 3,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="steps of the sampler; default: the generator's own")] = None,
     seed: SeedOption = 0,
 ):
-    """A picture of one inquiry face at m from 1 to -1, from the shipped weights.
+    """A picture of inquiry faces and what is drawn from them at m from 1 to -1, from the shipped weights.
 
     Example: cemiface demo --out demo.png
     """
+    import torch
     from cemiface.core.figures import save_figure
     from cemiface.world.worlds import draw_world
     from cemiface.recognition.training import embed
@@ -221,10 +226,10 @@ def demo_command(
     if out.suffix.lower() != ".png": raise ValueError(f"{out} does not end in .png: name a PNG file")
     quiet_loading()
     pipe = shipped_models()
-    face = draw_world("webface_1shot", 1, 1, image_size(pipe.unet), seed=seed).images
-    grid = draw_m_grid(pipe, face[0], DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
-    cos = embed(pipe.recogniser, grid.flatten(0, 1)).cpu() @ embed(pipe.recogniser, face).cpu()[0]
-    cos = cos.view(rows, -1)
-    save_figure(plot_m_grid(grid, face[0], DEMO_MS, cos, width=12), out, dpi=150)
+    faces = draw_world("webface_1shot", rows, 1, image_size(pipe.unet), seed=seed).images
+    grid = draw_m_grid(pipe, faces, DEMO_MS, range(rows), steps) # [rows,m,3,S,S]
+    drawn = embed(pipe.recogniser, grid.flatten(0, 1)).view(rows, len(DEMO_MS), -1)
+    cos = torch.einsum("rmd,rd->rm", drawn, embed(pipe.recogniser, faces))
+    save_figure(plot_m_grid(grid, faces, DEMO_MS, cos, width=12), out, dpi=150)
     means = zip(DEMO_MS, cos.mean(0).tolist())
-    typer.echo(f"{out} shows an inquiry and images drawn from it. Their mean cosine to it: " + ", ".join(f"{c:.2f} at m = {m:g}" for m, c in means))
+    typer.echo(f"{out} shows inquiries and images drawn from them. Their mean cosine to the inquiry: " + ", ".join(f"{c:.2f} at m = {m:g}" for m, c in means))

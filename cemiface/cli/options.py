@@ -221,5 +221,7 @@ def open_pipeline(generator:Path|None, device:str, sampler:str|None=None, precis
         if not (folder/"model_index.json").exists(): raise ValueError(f"{generator} holds no generator (no model_index.json): give a folder made by train-generator")
         kind = json.loads((folder/"model_index.json").read_bytes()).get("_class_name")
         pipe = (DCFacePipeline if kind == "DCFacePipeline" else CemiFacePipeline).from_pretrained(folder)
-    if sampler: pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    if sampler and type(pipe.scheduler) is not SAMPLERS[sampler]:
+        pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+        pipe.register_to_config(steps=20)
     return place(pipe, device, precision)

@@ -21,7 +21,7 @@ from .pipeline import CemiFacePipeline
 def sample_embeddings(pipe:CemiFacePipeline,
                       inquiries:Tensor, # [N,3,S,S] in [-1,1]
                       ms:list, # similarity factors
-                      steps:int=20,
+                      steps:int|None=None, # None: the pipeline's own
                       judges:dict|None=None, # name -> recogniser of images like the inquiries; None: E_id, the pipeline's own
                       seed:int=0, # image i starts from the noise of seed + i
                       batch_size:int=64,
@@ -29,6 +29,7 @@ def sample_embeddings(pipe:CemiFacePipeline,
                      )->dict: # name -> [M,N,D], length 1: of one image for each m and inquiry
     "Embeddings of images drawn at each m, in bytes as a set stores them."
     emb, judges = identity_embedding(pipe.recogniser, inquiries, None), judges or {"E_id": pipe.recogniser}
+    steps = pipe.config.steps if steps is None else steps
     embs, device, dtype = {name: [] for name in judges}, pipe.device, pipe.unet.dtype
     noise = torch.stack([torch.randn(inquiries.shape[1:], generator=torch.Generator().manual_seed(seed + i))
                          for i in range(len(inquiries))])
@@ -43,7 +44,7 @@ def sample_embeddings(pipe:CemiFacePipeline,
 def calibrate(pipe:CemiFacePipeline, # its configuration gets the curves; save it to keep them
               inquiries:Tensor, # [N,3,S,S] in [-1,1], faces that it was not trained on
               ms:tuple=tuple(round(-1 + .2*i, 1) for i in range(11)), # where the curve is measured
-              steps:tuple=(10, 20), # one curve each
+              steps:tuple=(), # one curve each; none: one for the pipeline's own
               others:dict={}, # name -> second recogniser, not in the loss
               seed:int=0,
               batch_size:int=64,
@@ -54,7 +55,7 @@ def calibrate(pipe:CemiFacePipeline, # its configuration gets the curves; save i
         raise ValueError(f"{len(inquiries)} inquiries and {len(set(ms))} values of m: a curve needs at least two of each")
     ms, sampler, judges = sorted(set(map(float, ms))), type(pipe.scheduler).__name__, {"E_id": pipe.recogniser, **others}
     curves, centres = dict(pipe.config.calibration or {}), {name: identity_embedding(net.eval(), inquiries, None).float().cpu() for name, net in judges.items()}
-    for n in steps:
+    for n in steps or (pipe.config.steps,):
         for name, emb in sample_embeddings(pipe, inquiries, ms, n, judges, seed, batch_size, progress).items():
             cos = (emb*centres[name]).sum(-1).double()
             achieved = IsotonicRegression().fit_transform(ms, cos.mean(1).numpy())

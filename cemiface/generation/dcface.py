@@ -253,13 +253,16 @@ class DCFacePipeline(OwnModels, DiffusionPipeline):
     own = (DCFaceConditioner, IResNet, StyleBank)
 
     def __init__(self, unet:UNet2DConditionModel, conditioner:DCFaceConditioner, recogniser:IResNet,
-                 scheduler:SchedulerMixin, bank:StyleBank):
+                 scheduler:SchedulerMixin, bank:StyleBank,
+                 steps:int=20, # of the sampler, where a call does not say
+                ):
         super().__init__()
         if bank.config.cells!=conditioner.config.cells or bank.config.channels!=conditioner.config.channels:
             raise ValueError(f"a bank of {bank.config.cells}x{bank.config.cells} cells with {bank.config.channels} channels for a conditioner of "
                              f"{conditioner.config.cells}x{conditioner.config.cells} with {conditioner.config.channels}: make it with style_bank(recogniser, faces, {conditioner.config.cells})")
         self.register_modules(unet=unet.eval(), conditioner=conditioner.eval(), recogniser=recogniser.eval(),
                               scheduler=scheduler, bank=bank.eval())
+        self.register_to_config(steps=steps)
 
     def styles_of(self, images:Tensor, # [B,3,S,S] in [-1,1]
                  )->Tensor: # [B,cells*cells,2*channels]
@@ -272,7 +275,7 @@ class DCFacePipeline(OwnModels, DiffusionPipeline):
                  inquiries:Tensor|None=None, # [B,3,S,S] in [-1,1]: the identity images
                  embeddings:Tensor|None=None, # [B,D] instead of inquiries
                  m:None=None, # DCFace has no similarity factor; here so that callers need not tell the pipelines apart
-                 num_inference_steps:int=20,
+                 num_inference_steps:int|None=None, # of the sampler; None: the pipeline's own
                  generator:torch.Generator|list|None=None, # one for all, or one per image: draws the style, then the noise
                  noise:Tensor|None=None, # [B,3,S,S], instead of drawing it
                  output_type:str="pil", # pil, pt ([-1,1]) or np (uint8)
@@ -290,8 +293,8 @@ class DCFacePipeline(OwnModels, DiffusionPipeline):
         tokens = self.conditioner(emb, style.to(emb))
         noise = starting_noise(shape, noise, generator, self._execution_device,
                                torch.promote_types(self.unet.dtype, torch.float32))
-        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, num_inference_steps, generator,
-                     self.progress_bar)
+        steps = self.config.steps if num_inference_steps is None else num_inference_steps
+        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, steps, generator, self.progress_bar)
         self.maybe_free_model_hooks()
         images = as_output(x0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -302,7 +305,7 @@ def style_grid(
     inquiries:Tensor, # uint8 [R,3,S,S], one a row
     styles:Tensor,    # uint8 [C,3,S,S], one a column
     seeds:list,       # one a row
-    steps:int=20,
+    steps:int|None=None, # None: the pipeline's own
 )->Tensor: # uint8 [R,C,3,S,S]
     "Faces of one inquiry a row, with the row's noise, in each style (the DCFace rows of Figures 5 and 9). ValueError as the pipeline."
     if len(seeds)!=len(inquiries):

@@ -71,7 +71,7 @@ MODEL_CARD = """---
 # CemiFace generator
 
 Draws faces of {size} x {size} px at a chosen cosine similarity to an inquiry face (CemiFace, NeurIPS 2024, arXiv 2409.18876): {parameters}.
-Sampler as saved: {sampler}, {steps} time steps, the network predicts {predicts}.
+Sampler as saved: {sampler} in {steps} steps of the {T} of training; the network predicts {predicts}.
 
 ```python
 from cemiface import CemiFacePipeline
@@ -108,7 +108,7 @@ def model_card(pipe:DiffusionPipeline, # a CemiFacePipeline
     noise = pipe.scheduler.config
     return MODEL_CARD.format(head=head, mark=MARK, size=image_size(pipe.unet), parameters=", ".join(counts),
                              sampler=type(pipe.scheduler).__name__,
-                             steps=noise.num_train_timesteps, predicts=noise.prediction_type,
+                             steps=pipe.config.steps, T=noise.num_train_timesteps, predicts=noise.prediction_type,
                              calibration="\n".join(table))
 
 # %% ../../nbs/generation/06_pipeline.ipynb #d07df51c
@@ -145,11 +145,12 @@ class CemiFacePipeline(OwnModels, DiffusionPipeline):
     def __init__(self, unet:UNet2DConditionModel, conditioner:ModelMixin, recogniser:ModelMixin,
                  scheduler:SchedulerMixin,
                  calibration:dict|None=None, # judge -> curves of `calibrate`
+                 steps:int=20, # of the sampler, where a call does not say
                 ):
         super().__init__()
         self.register_modules(unet=unet.eval(), conditioner=conditioner.eval(), recogniser=recogniser.eval(),
                               scheduler=scheduler)
-        self.register_to_config(calibration=calibration)
+        self.register_to_config(calibration=calibration, steps=steps)
 
     def save_pretrained(self, folder:str|Path, **kwargs)->None:
         "One folder a part; beside the weights the code that diffusers needs where this package is missing, and README.md, unless it is your own."
@@ -187,7 +188,7 @@ class CemiFacePipeline(OwnModels, DiffusionPipeline):
                  inquiries:Tensor|None=None, # [B,3,S,S] in [-1,1]
                  embeddings:Tensor|None=None, # [B,D] instead of inquiries
                  m:float|list|Tensor|None=None, # similarity factor, one or [B], in [-1,1]; None: 0, or what `similarity` needs
-                 num_inference_steps:int=20,
+                 num_inference_steps:int|None=None, # of the sampler; None: the pipeline's own
                  generator:torch.Generator|list|None=None, # one for all, or one per image
                  noise:Tensor|None=None, # [B,3,S,S], instead of drawing it
                  output_type:str="pil", # pil, pt ([-1,1]) or np (uint8)
@@ -198,17 +199,17 @@ class CemiFacePipeline(OwnModels, DiffusionPipeline):
                  callback_on_step_end_tensor_inputs:list|None=["latents"], # what the dict holds
                 )->ImagePipelineOutput: # .images: B of them
         "One image for each inquiry (Algorithm 2, inner loop). ValueError for m outside [-1,1], a similarity out of reach or inputs that do not fit together."
+        steps = self.config.steps if num_inference_steps is None else num_inference_steps
         if similarity is not None:
-            m = calibrated_m(self.config.calibration, similarity, type(self.scheduler).__name__, num_inference_steps,
-                             judge, m)
+            m = calibrated_m(self.config.calibration, similarity, type(self.scheduler).__name__, steps, judge, m)
         on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         emb = identity_embedding(self.recogniser, inquiries, embeddings, self._execution_device)
         tokens = self.conditioner(emb, similarity_factors(0. if m is None else m, len(emb)).to(emb))
         shape = (len(emb), 3, *[image_size(self.unet)]*2)
         noise = starting_noise(shape, noise, generator, self._execution_device,
                                torch.promote_types(self.unet.dtype, torch.float32))
-        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, num_inference_steps, generator,
-                     self._timesteps, on_step)
+        x0 = denoise(self.unet, self.scheduler, tokens.to(self.unet.dtype), noise, steps, generator, self._timesteps,
+                     on_step)
         self.maybe_free_model_hooks()
         images = as_output(x0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -51,7 +51,7 @@ def load_beside(
     read = lambda kind, name: kind.from_pretrained(folder, subfolder=name, use_safetensors=True, local_files_only=True,
                                                    dtype=torch.float32)
     return DCFacePipeline(read(UNet2DConditionModel, "unet"), read(DCFaceConditioner, "conditioner"), pipe.recogniser,
-                          pipe.scheduler, read(StyleBank, "bank"))
+                          pipe.scheduler, read(StyleBank, "bank"), pipe.config.steps)
 
 def shipped_dcface()->DCFacePipeline:
     "The baseline trained for this package. OSError if this installation does not hold its weights."

@@ -24,7 +24,7 @@ from ..world.worlds import draw_world
 from ..data.faceset import to_float
 from ..recognition.training import fresh_backbone
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS
-from ..generation.diffusion import ddim_scheduler, noise_scheduler
+from ..generation.diffusion import ddim_scheduler, noise_scheduler, SAMPLERS
 from ..generation.simmat import m_grid
 from ..generation.training import Denoiser
 from ..study.profiles import Profile, PROFILES
@@ -264,10 +264,11 @@ def _losses(ax, s:Structure):
 def _generation(ax, s:Structure, x:Tensor, noise:Tensor):
     "Algorithm 2: one inquiry, one m, fresh noise, the sampler's loop."
     p, words, simmat = s.profile, _words(s), s.profile.simmat
-    scheduler = ddim_scheduler(simmat.snr_scale, simmat.T, simmat.prediction)
+    noise_steps = ddim_scheduler(simmat.snr_scale, simmat.T, simmat.prediction)
+    scheduler = SAMPLERS[p.sampler].from_config(noise_steps.config)
     scheduler.set_timesteps(p.steps)
     first, last = scheduler.timesteps[[0, -1]].tolist()
-    title = (f"Generation (Algorithm 2): DDIM, {p.steps} steps; every weight is frozen, "
+    title = (f"Generation (Algorithm 2): {p.sampler}, {p.steps} steps; every weight is frozen, "
              "UNet, $F_1$ and $F_2$ as averaged (EMA) in training")
     _note(ax, .3, 2.72, title, 9, ha="left", weight="bold")
     _picture(ax, x, .3, .55); _note(ax, .75, .44, "inquiry $x$")
@@ -275,7 +276,7 @@ def _generation(ax, s:Structure, x:Tensor, noise:Tensor):
     _note(ax, 5.36, 2.04, words["tokens"], va="bottom"); _note(ax, 2.05, 1.68, "fixed for a set", 6)
     _picture(ax, noise, 4.85, .65, .7); _note(ax, 5.2, .54, "$x_T$")
     _frame(ax, words, 5.9, 8., .7, 2.4, "frozen"); _unet(ax, s, 6.02, 7.88, .82, 2.1, "frozen", False)
-    _box(ax, 8.75, 1.55, .9, .5, f"{words['out']}\nDDIM step", "data")
+    _box(ax, 8.75, 1.55, .9, .5, f"{words['out']}\n{p.sampler} step", "data")
     for points in (((1.2, 1.), (1.7, 1.)), ((3.5, 1.95), (3.95, 1.95)), ((4.85, 1.95), (5.9, 1.95)),
                    ((5.55, 1.), (5.9, 1.)), ((8., 1.55), (8.3, 1.55)), ((9.2, 1.55), (9.75, 1.55)),
                    ((8.75, 1.3), (8.75, .4), (6.95, .4), (6.95, .7))): _arrow(ax, *points)
@@ -322,7 +323,7 @@ FIGURE3 = ("Training touches {trained:.2f}M weights at profile {profile} ({size}
            "{published_recogniser:.1f}M ({published_backbone}). "
            "The loss is L_MSE + {weight:g} L_SimMat with {ms} of m from {low:g} to {high:g}; its gradient passes "
            "through the frozen E_id, back through x0_hat, to the UNet, F1 and F2. In training C_id is {condition}, "
-           "computed once for the whole set. Generation takes {steps} steps of DDIM, each one pass of the UNet.")
+           "computed once for the whole set. Generation takes {steps} steps of {sampler}, each one pass of the UNet.")
 
 def parameters(table:pd.DataFrame)->dict[str, float]: # table: of `module_table`; millions
     "How many weights the three networks have."
@@ -340,5 +341,6 @@ def figure3(study:Study)->Finding:
                  published_backbone=there.profile.teacher.backbone, profile=study.profile.name,
                  size=study.profile.size, weight=simmat.lambda_simmat, low=simmat.m_span[0], high=simmat.m_span[1],
                  ms=f"{len(m_grid(simmat.interval, simmat.m_span))} values" if simmat.interval else "all values",
-                 condition=CONDITION[simmat.identity], steps=study.profile.steps)
+                 condition=CONDITION[simmat.identity],
+                 sampler=study.profile.sampler, steps=study.profile.steps)
     return Finding(FIGURE3, table, draw_structure(here), facts)

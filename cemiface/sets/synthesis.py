@@ -81,7 +81,7 @@ def draw(pipe:CemiFacePipeline,
          emb:Tensor, # [B,D]
          m:float|list|None, # one value, or [B]; None: a pipeline without it, `DCFacePipeline`
          seeds:list, # [B]
-         steps:int=20,
+         steps:int|None=None, # None: the pipeline's own
         )->Tensor: # uint8 [B,3,S,S] on the CPU
     "One image for each embedding, similarity factor and seed."
     own = [torch.Generator().manual_seed(s) for s in seeds]
@@ -112,7 +112,7 @@ def wanted_m(pipe:CemiFacePipeline, m:float|list|None)->list|None:
     return m
 
 def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list|None, per_subject:int|list, seed:int,
-               batch_size:int, steps:int, oversample:int, form:str, ext:str)->dict:
+               batch_size:int, steps:int|None, oversample:int, form:str, ext:str)->dict:
     "What decides the images of a set, beside generator and inquiries. ValueError for bad settings."
     m, runs = wanted_m(pipe, m), image_runs(per_subject, len(inquiries))
     if batch_size < 1 or oversample < 0:
@@ -122,7 +122,7 @@ def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list|Non
     if oversample and isinstance(inquiries, Tensor):
         raise ValueError("embeddings have no image to oversample: pass oversample=0")
     config = dict(subjects=len(inquiries), per_subject=per_subject if isinstance(per_subject, int) else runs, m=m,
-                  seed=seed, steps=steps, sampler=type(pipe.scheduler).__name__, oversample=oversample,
+                  seed=seed, steps=pipe.config.steps if steps is None else steps, sampler=type(pipe.scheduler).__name__, oversample=oversample,
                   size=image_size(pipe.unet), batch_size=max(1, min(batch_size, sum(n*k for n, k in runs))))
     return config | {k: v
                      for k, v in dict(form=form, ext=ext, precision=str(pipe.unet.dtype)[6:]).items()
@@ -142,7 +142,7 @@ def generate_set(pipe:CemiFacePipeline,
                  out:str|Path, # the set's folder: new, empty, or an unfinished set of this configuration
                  seed:int=0,
                  batch_size:int=64,
-                 steps:int=20,
+                 steps:int|None=None, # None: the pipeline's own
                  oversample:int=5, # copies of the inquiry image in its subject
                  licence:dict|None=None, # of "inquiries", "generator" and "images", for set.json
                  progress:bool=True,
@@ -171,7 +171,7 @@ def draw_m_grid(pipe:CemiFacePipeline,
                 inquiries:Tensor, # uint8 [3,S,S] for all rows, or [R,3,S,S]: one per row
                 ms:list, # similarity factors, one per column
                 seeds:list, # one per row
-                steps:int=20,
+                steps:int|None=None, # None: the pipeline's own
                )->Tensor: # uint8 [R,C,3,S,S]
     "Faces of one inquiry per row, with the row's noise, at each m (Figure 5). ValueError as the pipeline."
     x = to_float(inquiries if inquiries.ndim == 4 else inquiries.expand(len(seeds), -1, -1, -1))

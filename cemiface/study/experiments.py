@@ -143,7 +143,7 @@ class GeneratedSet(Task):
     subjects: int = Field(description="how many of them")
     per_subject: int | tuple[tuple[int, int], ...] = Field(description="images drawn for each; or runs of (subjects, images)")
     oversample: int = Field(description="copies of the inquiry added; embeddings have none")
-    steps: int = Field(description="DDIM steps")
+    steps: int = Field(description="of the generator's sampler")
     m: float | tuple[float, ...] | None = Field(description="similarity factor in [-1, 1]; several take turns; None with the baseline, which has none")
     seed: int = Field(description="seed of the set")
 
@@ -282,7 +282,7 @@ class Samples(Task):
     count: int = Field(description="how many of them")
     per_inquiry: int = Field(description="images for each at each m")
     ms: tuple[float | None, ...] = Field(description="values of m; a single None with the baseline")
-    steps: int = Field(description="DDIM steps")
+    steps: int = Field(description="of the generator's sampler")
     centres: Centres | None = Field(None, description="embeddings in the place of inquiries")
 
     @property

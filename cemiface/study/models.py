@@ -17,7 +17,7 @@ from ..recognition.training import fresh_accelerator, load_recogniser, Recognise
 from ..recognition.verification import evaluate
 from ..generation.conditioning import GENERATORS
 from ..generation.dcface import DCFaceConfig, DCFacePipeline, start_from, style_bank, train_dcface
-from ..generation.diffusion import ddim_scheduler
+from ..generation.diffusion import ddim_scheduler, SAMPLERS
 from ..generation.pipeline import CemiFacePipeline
 from ..generation.shipped import shipped_baseline, shipped_centres, shipped_models
 from ..generation.simmat import SimMatConfig
@@ -78,6 +78,7 @@ class Generator(Task):
     faces: WorldFaces | None = Field(description="training set; None for the shipped one")
     preset: str = Field(description="key of GENERATORS")
     simmat: SimMatConfig | None = Field(description="training; None for the shipped one")
+    sampler: str = Field(description="how it draws, a key of SAMPLERS")
     shipped: str = Field(description="hash of its shipped weights, or empty")
     start: Optional["Generator"] = Field(None, description="whose weights it starts from; None: random ones")
 
@@ -103,6 +104,7 @@ class Generator(Task):
         if self.shipped: return dict(shipped=self.shipped)
         model, unet, conditioner = self.together()
         scheduler = ddim_scheduler(self.simmat.snr_scale, self.simmat.T, self.simmat.prediction)
+        scheduler = SAMPLERS[self.sampler].from_config(scheduler.config)
         CemiFacePipeline(unet, conditioner, model, scheduler).save_pretrained(self.folder/"pipeline")
         return dict(device=default_device())
 

@@ -32,7 +32,7 @@ def baseline_card(study:Study, styles:int)->dict: # training; cosine to the inqu
     return dict(steps=p.dcface.steps, batch_size=p.dcface.batch_size, styles=styles,
                 achieved=round(cos.mean().item(), 3), achieved_std=round(cos.std().item(), 3))
 
-CALIBRATED = {"DDIM": (5, 10, 20), "DPM-Solver++": (5, 10), "UniPC": (10,)} # sampler: steps
+CALIBRATED = {"DDIM": (5, 10, 20), "DPM-Solver++": (6, 10), "UniPC": (6, 10)} # sampler: steps
 
 def calibrate_shipped(
     study:Study,
@@ -69,8 +69,9 @@ def pack(
     achieved = torch.einsum("mikd,id->mik", control["emb"], control["inquiry_emb"])
     card = dict(command=f"cemiface reproduce --profile {p.name} --from-scratch", device=device_name(), images=p.train_subjects * p.per_subject,
                 steps=p.simmat.steps, batch_size=p.simmat.batch_size, recogniser_accuracy={k: round(v, 2) for k, v in accuracy.items()},
-                inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())},
+                sampler=p.sampler, sampling_steps=p.steps, inquiries=p.inquiries, achieved={f"{m:g}": round(v, 3) for m, v in zip(p.control_ms, achieved.mean((1, 2)).tolist())},
                 dcface=baseline_card(study, dcface.bank.config.images)) | about
+    pipe.register_to_config(steps=p.steps)
     calibrate_shipped(study, pipe)
     for part in (pipe.unet, pipe.conditioner, pipe.recogniser): part.half()
     DiffusionPipeline.save_pretrained(pipe, folder/"generator") # the weights alone, without pipeline code and model card

@@ -93,13 +93,14 @@ class Study:
 
     def generator(self):
         faces, simmat, shipped = (None, None, shipped_hash("generator/unet", "generator/conditioner")) if self.shipped else (self.training_faces(), self.profile.simmat, "")
-        return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=self.profile.generator, simmat=simmat, shipped=shipped)
+        return self._task(Generator, recogniser=self.recogniser(), faces=faces, preset=self.profile.generator, simmat=simmat, sampler=self.profile.sampler, shipped=shipped)
 
     def variant(self, world="casia", recogniser=None, **changes): # the generator with other faces, another E_id, or settings of SimMatConfig; but for the paper's profile it goes on from the usual one
         p = self.profile
-        steps = dict(steps=p.variant_steps, warmup_steps=p.variant_steps // 10) if p.variant_steps else {}
+        n = p.variant_steps
+        steps = dict(steps=n, warmup_steps=n // 10, cooldown_steps=min(n // 4, p.simmat.cooldown_steps)) if n else {}
         faces, start = self.training_faces(world), self.generator() if p.variant_steps else None
-        return self._task(Generator, recogniser=recogniser or self.recogniser(), faces=faces, preset=p.generator, simmat=changed(p.simmat, **steps | changes), shipped="", start=start)
+        return self._task(Generator, recogniser=recogniser or self.recogniser(), faces=faces, preset=p.generator, simmat=changed(p.simmat, **steps | changes), sampler=p.sampler, shipped="", start=start)
 
     def baseline(self):
         parts = [f"dcface/{p}" for p in ("unet", "conditioner", "bank")]
