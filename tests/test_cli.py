@@ -416,6 +416,14 @@ def test_set_at_a_similarity(tmp_path):
     assert "give one of them" in error(2, "generate", "--inquiry", "proc:ddpm", "--similarity", .5, "--m", 0, "--out", tmp_path / "other")
 
 
+def test_steps_and_sampler_are_the_generators_own_unless_asked_for(folder, generator, tmp_path):
+    for k, (words, wanted) in enumerate({(): ("DDIMScheduler", 4), ("--sampler", "ddim"): ("DDIMScheduler", 4), ("--steps", 2): ("DDIMScheduler", 2),
+                                         ("--sampler", "unipc"): ("UniPCMultistepScheduler", 20)}.items()):
+        ok("generate", "--inquiry", folder, "--per-subject", 1, "--generator", generator, "--oversample", 0, "--out", tmp_path / str(k), *words)
+        config = json.loads((tmp_path / str(k) / "set.json").read_text())["config"]
+        assert (config["sampler"], config["steps"]) == wanted
+
+
 def test_set_of_embeddings(generator, tmp_path):
     emb = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
     np.save(tmp_path / "centres.npy", np.concatenate([emb, emb[:2] + .1]))  # the last two are too near to the first two

@@ -22,7 +22,7 @@ from cemiface.data.faceset import to_float, to_uint8
 from cemiface.generation.pipeline import MARK, CemiFacePipeline, calibrated_m, untrained_pipeline
 from cemiface.generation.standalone import standalone
 from cemiface.generation.calibration import calibrate, sample_embeddings
-from cemiface.generation.diffusion import ddim_scheduler, image_size, predict
+from cemiface.generation.diffusion import SAMPLERS, ddim_scheduler, image_size, predict
 from cemiface.generation.conditioning import identity_embedding
 from cemiface.generation.shipped import shipped_pipeline
 from cemiface.world.worlds import draw_world
@@ -222,6 +222,37 @@ def test_the_schedule_travels_through_swap_and_disk(pipe, given, tmp_path, sched
         assert s.timesteps[0] == 999
     own.set_progress_bar_config(disable=True)
     assert not torch.equal(draw(own, given), draw(pipe, given)) or (scheduler, snr_scale) == (DDIMScheduler, 1.)
+
+
+@pytest.mark.parametrize("between", ["DDIM", "DPM-Solver++", "UniPC"])
+@pytest.mark.parametrize("first", ["DDIM", "UniPC"])
+def test_a_sampler_comes_back_from_any_other(tmp_path, first, between):
+    own = SAMPLERS[first].from_config(ddim_scheduler(25., 1000, "sample").config)
+    other = SAMPLERS[between].from_config(own.config)
+    other.save_pretrained(tmp_path)
+    back = SAMPLERS[first].from_config(SAMPLERS[between].from_pretrained(tmp_path).config)
+    known = {k: v for k, v in own.config.items() if k != "_use_default_values"}
+    assert known == {k: back.config[k] for k in known} and torch.equal(own.alphas_cumprod, back.alphas_cumprod)
+    x, out = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 3, 8, 8)
+    own.set_timesteps(5); back.set_timesteps(5)
+    assert torch.equal(own.step(out, own.timesteps[0], x).prev_sample, back.step(out, back.timesteps[0], x).prev_sample)
+
+
+def test_a_pipeline_draws_in_its_own_steps(pipe, given, tmp_path):
+    own = CemiFacePipeline(**pipe.components, steps=3)
+    own.save_pretrained(tmp_path / "own"); pipe.save_pretrained(tmp_path / "usual")
+    assert "in 3 steps of the 1000 of training" in (tmp_path / "own/README.md").read_text()
+    for folder, steps in ((tmp_path / "own", 3), (tmp_path / "usual", 20)):
+        again = CemiFacePipeline.from_pretrained(folder)
+        again.set_progress_bar_config(disable=True)
+        assert again.config.steps == steps and torch.equal(draw(again, given, num_inference_steps=None), draw(pipe, given, num_inference_steps=steps))
+        assert again.num_timesteps == steps
+    # a pipeline from before it had steps of its own
+    old = json.loads((tmp_path / "usual/model_index.json").read_text())
+    del old["steps"]
+    (tmp_path / "usual/model_index.json").write_text(json.dumps(old))
+    assert CemiFacePipeline.from_pretrained(tmp_path / "usual").config.steps == 20
+    with pytest.raises(ValueError, match="0 sampling steps"): draw(pipe, given, num_inference_steps=0)
 
 
 class Halve(PipelineCallback):

@@ -78,7 +78,7 @@ class Generator(Task):
     faces: WorldFaces | None = Field(description="training set; None for the shipped one")
     preset: str = Field(description="key of GENERATORS")
     simmat: SimMatConfig | None = Field(description="training; None for the shipped one")
-    sampler: str = Field(description="how it draws, a key of SAMPLERS")
+    sampler: str = Field("DDIM", description="how it draws, a key of SAMPLERS")
     shipped: str = Field(description="hash of its shipped weights, or empty")
     start: Optional["Generator"] = Field(None, description="whose weights it starts from; None: random ones")
 

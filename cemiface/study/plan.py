@@ -65,7 +65,7 @@ def _source_seconds(profile:Profile, n:int)->float:
 def measured_rates(profile:Profile, threads:int)->dict[str, float]:
     "Seconds per image of getting it, embedding, training a recogniser, denoising, training the generator: a first guess."
     device, usual = default_device(), torch.get_num_threads()
-    n = 64 if device == "cuda" else 16 if profile.size < 64 else 2
+    n = 64 if device == "cuda" else 32 if profile.size <= 64 else 2
     torch.set_num_threads(threads)
     images = torch.zeros(n, 3, profile.size, profile.size, device=device)
     net = lambda c: fresh_backbone(c).to(device).eval()
