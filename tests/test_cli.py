@@ -331,6 +331,19 @@ def test_align(tmp_path):
     assert run("data", "align", tmp_path / "photos", tmp_path / "faces").exit_code == 2
 
 
+def test_align_photos_of_nested_subjects(tmp_path):
+    photo = np.full((200, 240, 3), 90, np.uint8)
+    marks = "90,90,130,90,110,110,95,130,125,130"
+    for shade, (subject, name) in enumerate((("0/ann", "1.png"), ("1/bob", "day/1.png"))):
+        (tmp_path / "photos" / subject / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo + np.uint8(shade)).save(tmp_path / "photos" / subject / name)
+    (tmp_path / "marks.csv").write_text(f"0/ann/1.png,{marks}\n1/bob/day/1.png,{marks}\n")
+    said = run("data", "align", tmp_path / "photos", tmp_path / "faces", "--landmarks", tmp_path / "marks.csv", "--depth", 2)
+    assert said.exit_code == 0 and "2 faces of 2 of 2 photos aligned" in said.stdout, said.output
+    assert sorted(str(p.relative_to(tmp_path / "faces")) for p in (tmp_path / "faces").rglob("*.png")) == ["0/ann/1.png", "1/bob/day/1.png"]
+    assert run("data", "lint", tmp_path / "faces", "--depth", 2).exit_code == 0
+
+
 @pytest.mark.slow
 def test_a_public_checkpoint_is_imported_verified_and_exported(bins, tmp_path):
     net = trained(AdaFaceNet(18, w=4, d=16, side=2))
