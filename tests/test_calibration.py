@@ -2,10 +2,13 @@
 import pytest
 import torch
 
+from cemiface.core.settings import changed
 from cemiface.generation.diffusion import SAMPLERS
 from cemiface.data.faceset import to_float
 from cemiface.generation.conditioning import identity_embedding
 from cemiface.generation.shipped import shipped_pipeline
+from cemiface.study.profiles import PROFILES
+from cemiface.study.study import Study
 from cemiface.world.worlds import draw_world
 
 
@@ -27,3 +30,11 @@ def test_asked_and_achieved(shipped, sampler, steps, wanted):
         with pytest.raises(ValueError, match=f"similarity {low} is out of reach"): ask(low, judge=judge)
     if steps == 20: # the more steps, the narrower the range
         with pytest.raises(ValueError, match="similarity 0.35 is out of reach"): ask(.35)
+
+
+def test_a_study_draws_with_the_sampler_of_its_profile(tmp_path):
+    laptop = PROFILES["laptop"]
+    for profile, kind in ((laptop, "UniPCMultistepScheduler"), (changed(laptop, sampler="DDIM", steps=20), "DDIMScheduler")):
+        study = Study(profile, tmp_path)
+        for model in (study.generator(), study.baseline()): assert type(model.load().scheduler).__name__ == kind
+    assert type(shipped_pipeline().scheduler).__name__ == "UniPCMultistepScheduler"

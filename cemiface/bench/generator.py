@@ -22,11 +22,11 @@ from ..core.machine import default_device, machine
 from ..world.worlds import draw_world
 from ..data.faceset import FaceSet, open_faces, to_float
 from ..recognition.training import fresh_backbone
-from ..generation.diffusion import ddim_scheduler, denoise, image_size, predict, SAMPLERS
+from ..generation.diffusion import ddim_scheduler, denoise, image_size, predict
 from ..generation.conditioning import face_conditioner, face_unet, GENERATORS, identity_embedding
 from ..generation.simmat import SimMatConfig
 from ..generation.training import Denoiser, train_generator
-from ..generation.pipeline import CemiFacePipeline, place
+from ..generation.pipeline import place, with_sampler
 from ..generation.calibration import sample_embeddings
 from ..generation.shipped import shipped_pipeline
 from ..sets.synthesis import generate_set
@@ -136,7 +136,7 @@ def bench_steps(
     real = judge(to_float(draw_world("casia", n, 1, size, first=20_000).images))
     if sampler == "rendered": return dict(sampler=sampler, frechet=round(frechet_distance(judge(to_float(draw_world("casia", n, 1, size, first=30_000).images)), real), 4))
     faces = to_float(draw_world("webface_1shot", inquiries, 1, size, first=10_000).images)
-    pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    pipe = with_sampler(pipe, sampler)
     emb = sample_embeddings(pipe, faces, ms, steps, progress=False)["E_id"]
     cos = dict(zip((f"cos at m={m:g}" for m in ms), (emb * judge(faces)).sum(-1).mean(1).tolist()))
     tokens, noise = torch.zeros(32, pipe.conditioner.config.tokens, pipe.conditioner.config.cond_dim, device=pipe.device), torch.randn(32, 3, size, size, device=pipe.device)
@@ -154,8 +154,8 @@ def bench_accuracy(
     with tempfile.TemporaryDirectory() as folder:
         study = Study(profile, folder, seeds)
         p = study.profile
-        parts, faces, sets = study.generator().load().components, study.inquiries().faces(p.set_subjects), study.benchmarks().load()
-        pipe, avg = CemiFacePipeline(**parts | {"scheduler": SAMPLERS[sampler].from_config(parts["scheduler"].config)}), []
+        faces, sets = study.inquiries().faces(p.set_subjects), study.benchmarks().load()
+        pipe, avg = with_sampler(study.generator().load(), sampler), []
         place(pipe, default_device(), DRAWN_IN.get(p.generator))
         for seed in study.seeds:
             drawn = generate_set(pipe, faces, 0., p.set_per_subject, Path(folder)/f"set {seed}", seed=seed, steps=steps, oversample=p.oversample, progress=False)

@@ -101,10 +101,12 @@ def lint_command(
     how = dict(depth=depth, path_column=path_column, label_column=label_column)
     if recogniser:
         network = open_recogniser(recogniser, device)
-        with warnings.catch_warnings(): # the report tells what opening has to say
-            warnings.simplefilter("ignore")
-            faces = open_faces(source, network.config.size)
-        how["more"] = face_findings(faces, network, progress=True)
+        def by_face():
+            with warnings.catch_warnings(): # the report tells what opening has to say
+                warnings.simplefilter("ignore")
+                faces = open_faces(source, network.config.size)
+            return face_findings(faces, network, progress=True)
+        how["more"] = by_face
     report = lint(source, size, progress=True, **how)
     if out: write_whole(out, report.table.to_csv(index=False))
     typer.echo(f"{report}" + (f"\nThe table is in {out}" if out else ""))

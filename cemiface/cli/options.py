@@ -210,8 +210,7 @@ def open_recogniser(recogniser:Path, device:str|None):
 def open_pipeline(generator:Path|None, device:str, sampler:str|None=None, precision:str|None=None):
     "A pipeline folder, a `train-generator` folder, the shipped one or the shipped baseline; with another sampler or precision."
     from cemiface.generation.dcface import DCFacePipeline
-    from cemiface.generation.diffusion import SAMPLERS
-    from cemiface.generation.pipeline import CemiFacePipeline, place
+    from cemiface.generation.pipeline import CemiFacePipeline, place, with_sampler
     from cemiface.generation.shipped import shipped_dcface, shipped_pipeline
     quiet_loading()
     if generator is None: pipe = shipped_pipeline()
@@ -221,7 +220,5 @@ def open_pipeline(generator:Path|None, device:str, sampler:str|None=None, precis
         if not (folder/"model_index.json").exists(): raise ValueError(f"{generator} holds no generator (no model_index.json): give a folder made by train-generator")
         kind = json.loads((folder/"model_index.json").read_bytes()).get("_class_name")
         pipe = (DCFacePipeline if kind == "DCFacePipeline" else CemiFacePipeline).from_pretrained(folder)
-    if sampler and type(pipe.scheduler) is not SAMPLERS[sampler]:
-        pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
-        pipe.register_to_config(steps=20)
+    if sampler: pipe = with_sampler(pipe, sampler)
     return place(pipe, device, precision)

@@ -289,7 +289,7 @@ def lint_set(
     depth:int|None=None,       # these three as for `open_encoded`
     path_column:str|None=None,
     label_column:str|None=None,
-    more:dict[str, tuple[int, list[str]]]={}, # findings of other tools, by rule: how many, the first three
+    more:Callable=dict, # gives further findings, by rule: how many, the first three
 )->Report:
     "Check a labelled set. ValueError or OSError if it cannot be opened at all."
     source, columns = Path(source), dict(path_column=path_column, label_column=label_column)
@@ -313,7 +313,7 @@ def lint_set(
         findings |= record_rules(e, named is not None) | {"index": (len(says := [s for s in messages if s.startswith(idx)]), says)}
     if named: findings |= list_rules(named, **columns)
     said = [message for message in messages if message.startswith(f"{e.name}: ") and hasattr(e.store, "sets")]
-    findings |= name_rules(e) | {"joined names": (len(said), said)} | more
+    findings |= name_rules(e) | {"joined names": (len(said), said)} | more()
     return report(e.name, f"{len(e)} images of {len(e.subjects)} subjects", findings)
 
 # %% ../../nbs/data/07_lint.ipynb #131e5a8b

@@ -264,8 +264,8 @@ def _losses(ax, s:Structure):
 def _generation(ax, s:Structure, x:Tensor, noise:Tensor):
     "Algorithm 2: one inquiry, one m, fresh noise, the sampler's loop."
     p, words, simmat = s.profile, _words(s), s.profile.simmat
-    noise_steps = ddim_scheduler(simmat.snr_scale, simmat.T, simmat.prediction)
-    scheduler = SAMPLERS[p.sampler].from_config(noise_steps.config)
+    trained = ddim_scheduler(simmat.snr_scale, simmat.T, simmat.prediction)
+    scheduler = SAMPLERS[p.sampler].from_config(trained.config)
     scheduler.set_timesteps(p.steps)
     first, last = scheduler.timesteps[[0, -1]].tolist()
     title = (f"Generation (Algorithm 2): {p.sampler}, {p.steps} steps; every weight is frozen, "

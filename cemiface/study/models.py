@@ -18,7 +18,7 @@ from ..recognition.verification import evaluate
 from ..generation.conditioning import GENERATORS
 from ..generation.dcface import DCFaceConfig, DCFacePipeline, start_from, style_bank, train_dcface
 from ..generation.diffusion import ddim_scheduler, SAMPLERS
-from ..generation.pipeline import CemiFacePipeline
+from ..generation.pipeline import CemiFacePipeline, with_sampler
 from ..generation.shipped import shipped_baseline, shipped_centres, shipped_models
 from ..generation.simmat import SimMatConfig
 from ..generation.training import train_generator
@@ -110,7 +110,7 @@ class Generator(Task):
 
     def load(self)->CemiFacePipeline:
         self.run()
-        if self.shipped: return shipped_models()
+        if self.shipped: return with_sampler(shipped_models(), self.sampler)
         return CemiFacePipeline.from_pretrained(self.folder/"pipeline").to(default_device())
 
 # %% ../../nbs/study/04_models.ipynb #a6b79af1
@@ -140,7 +140,7 @@ class Baseline(Task):
 
     def load(self)->DCFacePipeline:
         self.run()
-        if self.shipped: return shipped_baseline()
+        if self.shipped: return with_sampler(shipped_baseline(), self.generator.sampler)
         return DCFacePipeline.from_pretrained(self.folder/"pipeline").to(default_device())
 
 # %% ../../nbs/study/04_models.ipynb #67283d19
