@@ -162,7 +162,7 @@ def generate_command(
     threshold_recogniser: Annotated[Optional[Path], typer.Option(help="recogniser of this cosine; default: the generator's own")] = None,
     oversample: Annotated[Optional[int], typer.Option(min=0, help="copies of the inquiry image added to its subject; default: 5, of embeddings none")] = None,
     steps: Annotated[Optional[int], typer.Option(min=1, help="steps of the sampler; default: the generator's own, or 20 with another --sampler")] = None,
-    sampler: Annotated[Optional[Literal["DDIM", "DPM-Solver++", "UniPC"]], typer.Option(case_sensitive=False, help="how the steps are taken; DDIM is the paper's; default: the generator's own")] = None,
+    sampler: Annotated[Optional[Literal["DDIM", "DDPM", "DPM-Solver++", "UniPC"]], typer.Option(case_sensitive=False, help="how the steps are taken; DDIM is the paper's; default: the generator's own")] = None,
     precision: Annotated[Optional[Literal["auto", "no", "bf16"]], typer.Option(help="of the UNet; auto: what this machine is faster in; default: bf16 with CUDA, else no")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the UNet")] = False,
     batch_size: BatchSizeOption = 64,

@@ -139,7 +139,7 @@ def denoise(unet:UNet2DConditionModel,
     return xt.clamp(-1, 1)
 
 # %% ../../nbs/generation/01_diffusion.ipynb #01f7be0e
-SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
+SAMPLERS = {"DDIM": DDIMScheduler, "DDPM": DDPMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
 
 # %% ../../nbs/generation/01_diffusion.ipynb #a29845ed
 def starting_noise(shape:tuple, # of the images [B,3,S,S]

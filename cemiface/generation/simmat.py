@@ -69,6 +69,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True):
     clip_grad:float = Field(1., gt=0, description="largest norm of the gradient")
     T:int = Field(1000, ge=2, description="time steps")
     snr_scale:float = Field(1., gt=0, description="of the noise schedule: 1 is the paper's; (320/size)^2 gives m its range on small rendered faces")
+    critic_steps:int = Field(0, ge=0, description="the last ones, in which a critic asks for faces that look real, and s is measured on another view of x0_hat; 0, the paper: none")
     prediction:Literal["epsilon","v_prediction","sample"] = Field("epsilon", description="what the network's output means: the noise (the paper), or v or the image, from which the noise is computed")
     ema_power:float = Field(.75, gt=0, description="decay at step n is 1-(1+n)^-power")
     ema_max:float = Field(.9999, ge=0, le=1, description="largest decay")

@@ -32,7 +32,7 @@ def baseline_card(study:Study, styles:int)->dict: # training; cosine to the inqu
     return dict(steps=p.dcface.steps, batch_size=p.dcface.batch_size, styles=styles,
                 achieved=round(cos.mean().item(), 3), achieved_std=round(cos.std().item(), 3))
 
-CALIBRATED = {"DDIM": (5, 10, 20), "DPM-Solver++": (6, 10), "UniPC": (6, 10)} # sampler: steps
+CALIBRATED = {"DDIM": (10, 20), "DDPM": (4, 6, 10), "DPM-Solver++": (6, 10), "UniPC": (6, 10)} # sampler: steps
 
 def calibrate_shipped(
     study:Study,

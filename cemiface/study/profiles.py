@@ -35,7 +35,7 @@ class Profile(BaseModel, extra="forbid", frozen=True):
     set_subjects: int = Field(description="inquiries that become subjects of a generated set")
     set_per_subject: int = Field(description="images drawn for each subject")
     oversample: int = Field(description="copies of the inquiry image added to its subject")
-    sampler: Literal["DDIM", "DPM-Solver++", "UniPC"] = Field("DDIM", description="how images are drawn, a key of SAMPLERS; DDIM is the paper's")
+    sampler: Literal["DDIM", "DDPM", "DPM-Solver++", "UniPC"] = Field("DDIM", description="how images are drawn, a key of SAMPLERS; DDIM is the paper's")
     steps: int = Field(description="of the sampler")
     ms: tuple[float, ...] = Field(description="values of m of Table 11 and Figure 4")
     control_ms: tuple[float, ...] = Field(description="values of m of the control curve and Figure 5")
@@ -48,7 +48,7 @@ SIZES = dict(
     smoke=dict(size=16, train_subjects=12, subjects=12, per_subject=20, pairs=40, inquiries=12, candidates=24, set_subjects=8,
                set_per_subject=6, oversample=2, steps=4, ms=(1.0, 0.0, -1.0), control_ms=SEVEN),
     laptop=dict(size=64, train_subjects=5000, subjects=300, per_subject=20, pairs=600, inquiries=200, candidates=600, set_subjects=120,
-                set_per_subject=10, oversample=5, sampler="UniPC", steps=6, ms=SEVEN, control_ms=SEVEN),
+                set_per_subject=10, oversample=5, sampler="DDPM", steps=6, ms=SEVEN, control_ms=SEVEN),
     gpu=dict(size=112, train_subjects=3000, subjects=1000, per_subject=40, pairs=2000, inquiries=400, candidates=1200, set_subjects=400,
              set_per_subject=10, oversample=5, steps=10, ms=tuple(round(1 - .2 * i, 1) for i in range(11)), control_ms=SEVEN),
     paper=dict(size=112, train_subjects=10572, subjects=10572, per_subject=46, pairs=6000, inquiries=10000, candidates=30000, set_subjects=10000,
@@ -65,8 +65,8 @@ TRAINING = dict(
                dcface=dict(steps=30, batch_size=16, lr=2e-3, warmup_steps=5, snr_scale=(320/16)**2, prediction="v_prediction")),
     laptop=dict(teacher=dict(backbone="ir18", width=24, stem=2, size=64, margin="adaface", epochs=4, batch_size=128, milestones=(.6, .85), warmup_steps=300, **AUTO),
                 student=dict(backbone="ir18", width=8, stem=2, size=64, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50, **AUTO),
-                simmat=dict(steps=12100, batch_size=32, lr=5e-4, warmup_steps=300, cooldown_steps=1500, snr_scale=(320/64)**2, lambda_simmat=.1, **OWN | IMAGE, **AUTO),
-                dcface=dict(steps=1600, batch_size=32, lr=5e-4, warmup_steps=50, cooldown_steps=400, snr_scale=(320/64)**2, **IMAGE, **AUTO)),
+                simmat=dict(steps=14500, batch_size=32, lr=5e-4, warmup_steps=300, cooldown_steps=2400, critic_steps=2400, snr_scale=(320/64)**2, lambda_simmat=.1, **OWN | IMAGE, **AUTO),
+                dcface=dict(steps=1200, batch_size=32, lr=5e-4, warmup_steps=50, cooldown_steps=1200, critic_steps=1200, snr_scale=(320/64)**2, **IMAGE, **AUTO)),
     gpu=dict(teacher=dict(backbone="ir50", width=32, stem=2, size=112, margin="adaface", epochs=6, batch_size=256, **AUTO),
              student=dict(backbone="ir18", width=24, stem=2, size=112, margin="cosface", epochs=12, batch_size=128, lr=.05, **AUTO),
              simmat=dict(steps=8000, batch_size=128, lr=5e-4, snr_scale=(320/112)**2, **OWN | IMAGE, **FAST),

@@ -98,7 +98,7 @@ class Study:
     def variant(self, world="casia", recogniser=None, **changes): # the generator with other faces, another E_id, or settings of SimMatConfig; but for the paper's profile it goes on from the usual one
         p = self.profile
         n = p.variant_steps
-        steps = dict(steps=n, warmup_steps=n // 10, cooldown_steps=min(n // 4, p.simmat.cooldown_steps)) if n else {}
+        steps = dict(steps=n, warmup_steps=n // 10, cooldown_steps=min(n // 4, p.simmat.cooldown_steps), critic_steps=min(n, p.simmat.critic_steps)) if n else {}
         faces, start = self.training_faces(world), self.generator() if p.variant_steps else None
         return self._task(Generator, recogniser=recogniser or self.recogniser(), faces=faces, preset=p.generator, simmat=changed(p.simmat, **steps | changes), sampler=p.sampler, shipped="", start=start)
 
