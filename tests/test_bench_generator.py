@@ -100,6 +100,6 @@ def test_all_of_it_in_one_file(monkeypatch, tmp_path):
     assert all(kw["name"] == "smoke" and kw["batch_size"] == 2 for f, kw in ran if f == "bench_sampling") and found["where_sampling_time_goes"]
     assert [kw["steps"] for f, kw in ran if f == "bench_steps" and kw["sampler"] == "DDIM"] == [5, 10, 20, 50] and len(said) == 2 + len(ran)
     assert [kw["compile"] for _, kw in generator_parts(None, None, True, ["smoke"])["sampling"]] == [False, False, False, True, True]
-    assert [(kw["sampler"], kw["steps"]) for _, kw in generator_parts("no", None, False, [])["accuracy"]] == [("DDIM", 5), ("DDIM", 10), ("DDIM", 20), ("DPM-Solver++", 6), ("DPM-Solver++", 10), ("UniPC", 6), ("UniPC", 10)]
+    assert [(kw["sampler"], kw["steps"]) for _, kw in generator_parts("no", None, False, [])["accuracy"]] == [("DDIM", 5), ("DDIM", 10), ("DDIM", 20), ("DDPM", 4), ("DDPM", 6), ("DDPM", 10), ("DPM-Solver++", 6), ("DPM-Solver++", 10), ("UniPC", 6), ("UniPC", 10)]
     with pytest.raises(ValueError, match="no part 'flying': choose from sampling, training, steps, accuracy"): run_bench_generator(["flying"])
     with pytest.raises(ValueError, match="no configuration 'huge': choose from smoke"): run_bench_generator(configurations=["huge"])

@@ -422,7 +422,7 @@ def test_set_of_a_plan_and_its_image_drawn_again(folder, generator, tmp_path):
 def test_set_at_a_similarity(tmp_path):
     out = tmp_path / "set"
     ok("generate", "--inquiry", "proc:ddpm", "--subjects", 2, "--per-subject", 1, "--similarity", .5, "--oversample", 0, "--out", out)
-    curve = next(c for c in shipped_pipeline().config.calibration["E_id"] if (c["sampler"], c["steps"]) == ("UniPCMultistepScheduler", 6))
+    curve = next(c for c in shipped_pipeline().config.calibration["E_id"] if (c["sampler"], c["steps"]) == ("DDPMScheduler", 6))
     m = json.loads((out / "set.json").read_text())["config"]["m"]
     assert np.interp(m, curve["m"], curve["achieved"]) == pytest.approx([.5], abs=1e-4)
     assert "out of reach" in error(2, "generate", "--inquiry", "proc:ddpm", "--similarity", .99, "--out", tmp_path / "other")

@@ -224,7 +224,7 @@ def test_the_schedule_travels_through_swap_and_disk(pipe, given, tmp_path, sched
     assert not torch.equal(draw(own, given), draw(pipe, given)) or (scheduler, snr_scale) == (DDIMScheduler, 1.)
 
 
-@pytest.mark.parametrize("between", ["DDIM", "DPM-Solver++", "UniPC"])
+@pytest.mark.parametrize("between", ["DDIM", "DDPM", "DPM-Solver++", "UniPC"])
 @pytest.mark.parametrize("first", ["DDIM", "UniPC"])
 def test_a_sampler_comes_back_from_any_other(tmp_path, first, between):
     own = SAMPLERS[first].from_config(ddim_scheduler(25., 1000, "sample").config)

@@ -172,8 +172,8 @@ def generator_parts(
     "What there is to measure."
     each, some = [precision] if precision else ["no", "bf16"], dict(batch_size=batch_size)
     ways = [("no", False, False)] * ("no" in each) + [(p, True, k) for k in [False] + [True] * compile for p in each]
-    walks = [("rendered", 0), *(("DDIM", n) for n in (5, 10, 20, 50)), *((s, n) for s in ("DPM-Solver++", "UniPC") for n in (6, 10))]
-    trained = [*(("DDIM", n) for n in (5, 10, 20)), *((s, n) for s in ("DPM-Solver++", "UniPC") for n in (6, 10))]
+    walks = [("rendered", 0), *(("DDIM", n) for n in (5, 10, 20, 50)), *(("DDPM", n) for n in (4, 6, 10)), *((s, n) for s in ("DPM-Solver++", "UniPC") for n in (6, 10))]
+    trained = [*(("DDIM", n) for n in (5, 10, 20)), *(("DDPM", n) for n in (4, 6, 10)), *((s, n) for s in ("DPM-Solver++", "UniPC") for n in (6, 10))]
     return dict(sampling=[(bench_sampling, dict(name=n, precision=p, channels_last=c, compile=k, **some)) for n in configurations for p, c, k in ways],
                 training=[(bench_generator_training, dict(name=n, precision=p, compile=k, **some)) for n in configurations for k in [False] + [True] * compile for p in each],
                 steps=[(bench_steps, dict(sampler=s, steps=n)) for s, n in walks],

@@ -31,12 +31,12 @@ def sample_embeddings(pipe:CemiFacePipeline,
     emb, judges = identity_embedding(pipe.recogniser, inquiries, None), judges or {"E_id": pipe.recogniser}
     steps = pipe.config.steps if steps is None else steps
     embs, device, dtype = {name: [] for name in judges}, pipe.device, pipe.unet.dtype
-    noise = torch.stack([torch.randn(inquiries.shape[1:], generator=torch.Generator().manual_seed(seed + i))
-                         for i in range(len(inquiries))])
     jobs = [(m, rows) for m in ms for rows in torch.arange(len(inquiries)).split(batch_size)]
     for m, rows in tqdm(jobs, desc=f"{steps} steps", disable=not progress):
         tokens = pipe.conditioner(emb[rows], similarity_factors(m, len(rows)).to(emb))
-        x = to_float(to_uint8(denoise(pipe.unet, pipe.scheduler, tokens.to(dtype), noise[rows].to(device), steps)))
+        own = [torch.Generator().manual_seed(seed + i) for i in rows.tolist()] # an image's noise is the same at every m
+        noise = torch.stack([torch.randn(inquiries.shape[1:], generator=g) for g in own])
+        x = to_float(to_uint8(denoise(pipe.unet, pipe.scheduler, tokens.to(dtype), noise.to(device), steps, own)))
         for name, net in judges.items(): embs[name].append(identity_embedding(net.eval(), x, None).float().cpu())
     return {name: torch.cat(e).unflatten(0, (len(ms), -1)) for name, e in embs.items()}
 

@@ -66,7 +66,7 @@ TRAINING = dict(
     laptop=dict(teacher=dict(backbone="ir18", width=24, stem=2, size=64, margin="adaface", epochs=4, batch_size=128, milestones=(.6, .85), warmup_steps=300, **AUTO),
                 student=dict(backbone="ir18", width=8, stem=2, size=64, margin="cosface", epochs=20, batch_size=64, lr=.05, warmup_steps=50, **AUTO),
                 simmat=dict(steps=14500, batch_size=32, lr=5e-4, warmup_steps=300, cooldown_steps=2400, critic_steps=2400, snr_scale=(320/64)**2, lambda_simmat=.1, **OWN | IMAGE, **AUTO),
-                dcface=dict(steps=1200, batch_size=32, lr=5e-4, warmup_steps=50, cooldown_steps=1200, critic_steps=1200, snr_scale=(320/64)**2, **IMAGE, **AUTO)),
+                dcface=dict(steps=1000, batch_size=32, lr=5e-4, warmup_steps=50, cooldown_steps=1000, critic_steps=1000, snr_scale=(320/64)**2, **IMAGE, **AUTO)),
     gpu=dict(teacher=dict(backbone="ir50", width=32, stem=2, size=112, margin="adaface", epochs=6, batch_size=256, **AUTO),
              student=dict(backbone="ir18", width=24, stem=2, size=112, margin="cosface", epochs=12, batch_size=128, lr=.05, **AUTO),
              simmat=dict(steps=8000, batch_size=128, lr=5e-4, snr_scale=(320/112)**2, **OWN | IMAGE, **FAST),
