@@ -457,7 +457,7 @@ def test_calibration_measures_what_the_pipeline_draws(given, tmp_path):
 def test_the_shipped_generator_gives_the_similarity_asked_for():
     pipe = shipped_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    faces = to_float(draw_world("webface_1shot", 24, 1, 64, first=30_000).images)
+    faces = to_float(draw_world("webface_1shot", 64, 1, 64, first=30_000).images)
     own = identity_embedding(pipe.recogniser, faces, None)
     for wanted in (.45, .65):
         x = pipe(faces, similarity=wanted, num_inference_steps=10, generator=torch.Generator().manual_seed(1), output_type="pt").images
