@@ -19,6 +19,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from cemiface.cli.app import app
+from cemiface.data.images import encode_image
 from cemiface.data.pairs import open_pairs, write_bin
 from cemiface.generation.shipped import shipped_pipeline
 from cemiface.data.records import open_encoded
@@ -649,3 +650,14 @@ def test_an_audit_that_fails_has_not_the_status_of_a_leak(folder, model, tmp_pat
     def broken(*args, **how): raise RuntimeError("the figure cannot be drawn")
     monkeypatch.setattr("cemiface.audit.page.plot_leakage", broken)
     assert "cannot be drawn" in error(3, "audit", folder, "--against", folder, "--recogniser", model, "--out", tmp_path / "audit")
+
+
+@pytest.mark.parametrize("surroundings", [dict(LC_ALL="C", PYTHONUTF8="0"), dict(LC_ALL="C"), dict(LC_ALL="C.UTF-8")])
+def test_the_locale_does_not_change_the_names_of_subjects(tmp_path, surroundings):
+    for k, name in enumerate(("José", "Ánna")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "1.png").write_bytes(encode_image(torch.full((3, 16, 16), k, dtype=torch.uint8)))
+    env = {k: v for k, v in os.environ.items() if k not in ("LANG", "LC_CTYPE", "PYTHONIOENCODING")} | surroundings
+    said = subprocess.run([sys.executable, "-m", "cemiface", "data", "lint", tmp_path / "set", "--out", tmp_path / "faults.csv"], capture_output=True, env=env)
+    assert said.returncode == 0 and b"no text" not in said.stdout, said
+    assert "one image,warning,2,José; Ánna" in (tmp_path / "faults.csv").read_text("utf-8")

@@ -6,6 +6,7 @@ import pickle
 import random
 import sys
 import tarfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -285,7 +286,9 @@ def test_the_command_line(tmp_path):
     done = run("data", "convert", path, tmp_path / "x", "--images", tmp_path)
     assert done.exit_code == 2 and "--images is for lists of pairs" in done.output
     (tmp_path / "set.zip").write_bytes(b"PK")
-    assert "a .tar, .parquet or .lmdb file" in run("data", "lint", tmp_path / "set.zip").output
+    assert "set.zip is packed: unpack it" in run("data", "lint", tmp_path / "set.zip").output
+    (tmp_path / "set.npy").write_bytes(b"PK")
+    assert "a .tar, .parquet or .lmdb file" in run("data", "lint", tmp_path / "set.npy").output
 
 
 # -- pairs --
@@ -326,3 +329,63 @@ def test_memfiles_keep_every_pixel(tmp_path):
         with pytest.raises(ValueError, match=f"mem_file.dat: damaged.*{says}|mem_file.dat: damaged"): open_pairs(tmp_path / "lfw")
     (tmp_path / "lfw_list.npy").unlink()
     with pytest.raises(FileNotFoundError, match="there is no .*lfw_list.npy"): open_pairs(tmp_path / "lfw")
+
+
+# -- packed folders, and lists of chosen columns --
+
+def packed(path, names):
+    with tarfile.open(path, "w") as tar:
+        for k, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = len(IMAGES[k % 12])
+            tar.addfile(member, io.BytesIO(IMAGES[k % 12]))
+    return path
+
+
+SUBJECTS = [f"{name}/{k}.jpg" for name in ("ann", "bo") for k in range(3)]
+BESIDE = {"sheet.png": 0, "cover.jpg": "cover.jpg: lies in no subject's folder", "bo/old/1.jpg": "bo/old/1.jpg: lies deeper than SUBJECT/NAME",
+          "bo/v1.2.jpg": "bo/v1.2.jpg: a second dot in its name", "._1.jpg": 0, "ann/._1.jpg": 0, "README.md": 0}
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("top", ["", "set/", "./", "a/b/"])
+def test_what_lies_beside_the_subjects_of_a_packed_folder(tmp_path, name, top):
+    path = packed(tmp_path / "set.tar", [top+n for n in SUBJECTS+[name]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = open_encoded(path)
+    assert (found.subjects, found.labels.tolist()) == (["ann", "bo"], [0]*3+[1]*3)
+    assert len(found.skipped) == bool(BESIDE[name]) and all(BESIDE[name] in line for line in found.skipped)
+
+
+def test_a_packed_set_of_this_package(tmp_path):
+    from cemiface.sets.rendered import render_set
+    render_set("casia", 3, 2, tmp_path / "set", 32, progress=False)
+    with tarfile.open(tmp_path / "set.tar", "w") as tar: tar.add(tmp_path / "set", "set")
+    assert (tmp_path / "set" / "sheet.png").exists()
+    folder, tar = open_encoded(tmp_path / "set"), open_encoded(tmp_path / "set.tar")
+    assert tar.subjects == folder.subjects and not tar.skipped
+    of = lambda found: sorted((found.subjects[k], found.read(i)) for i, k in enumerate(found.labels.tolist()))
+    assert of(tar) == of(folder)
+
+
+def test_two_packed_folders_of_one_name_are_not_one_person(tmp_path):
+    path = packed(tmp_path / "set.tar", [f"{name}/{day}/{k}.jpg" for name in ("ann", "bo") for day in ("monday", "friday") for k in range(2)])
+    with pytest.raises(ValueError, match="ann/monday and bo/monday are both called monday"): open_encoded(path)
+
+
+@pytest.mark.parametrize("form", ["parquet", "disk", "tar"])
+def test_a_list_of_a_set_whose_column_was_named(tmp_path, form):
+    path = {"parquet": tmp_path / "t.parquet", "disk": tmp_path / "t", "tar": tmp_path / "t.tar"}[form]
+    rows = [dict(image=photo, who=f"p{label}") for photo, label in zip(IMAGES, LABELS)]
+    if form == "parquet": pq.write_table(pa.Table.from_pylist(rows), path)
+    if form == "disk": datasets.Dataset.from_list(rows).save_to_disk(path)
+    if form == "tar":
+        with webdataset.TarWriter(str(path)) as sink:
+            for k, row in enumerate(rows): sink.write({"__key__": f"{k:06d}", "png": row["image"], "json": {"who": row["who"]}})
+    run = lambda *words: CliRunner().invoke(app, [str(w) for w in words])
+    refused = run("data", "lint", path)
+    assert refused.exit_code == 2 and "--label-column NAME, which data lint has, and data convert, whose list every command takes" in refused.output
+    done = run("data", "convert", path, tmp_path / "t.txt", "--label-column", "who")
+    assert done.exit_code == 0, done.output
+    found = open_encoded(tmp_path / "t.txt")
+    assert found.subjects == sorted({f"p{k}" for k in LABELS}) and [found.read(i) for i in range(12)] == IMAGES

@@ -209,7 +209,7 @@ def test_index_file_selects_from_another_set(tmp_path, faces, kind):
 
 
 HOSTILE_LISTS = {"": "names no image", "# source: x\n": "names no image", "a/1.jpg\t\n": "subject ''", "a/1.jpg\tnan\n": "subject 'nan'", "a/1.jpg\t-1\n": "subject '-1'",
-                 "a/1.jpg\t1\na/2.jpg\n": "line 2", "my photos/1.jpg 2\na/1.jpg 1\nb\n": "line 2.*put tabs", "1\t2\n": "holds no record file", "1.jpg\n": "subject ''", "b/9.jpg\t1\n": "there is no"}
+                 "a/1.jpg\t1\na/2.jpg\n": "line 2", "my photos/1.jpg 2\na/1.jpg 1\nb\n": "line 1.*put tabs", "a/1.jpg 1\na/1.jpg 1\nb\n": "line 3.*put tabs", "1\t2\n": "holds no record file", "1.jpg\n": "subject ''", "b/9.jpg\t1\n": "there is no"}
 
 @pytest.mark.parametrize("text", HOSTILE_LISTS)
 def test_hostile_lists(tmp_path, text):
@@ -679,3 +679,102 @@ def test_two_subjects_of_one_name_are_refused(tmp_path):
     write_folder(tmp_path/"a", image, torch.zeros(1, dtype=torch.long), subjects=["b-c"])
     write_folder(tmp_path/"a-b", image, torch.zeros(1, dtype=torch.long), subjects=["c"])
     with pytest.raises(ValueError, match="a-b-c would name two subjects: rename one of the sets"): open_encoded(f"{tmp_path}/a,{tmp_path}/a-b")
+
+
+# ---- what a list's columns may be, and where lists are not looked for
+
+def photos_of(folder, names):
+    for name in names:
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_bytes(name.encode())
+    return folder
+
+DATES = [f"2024-01-{day}/{k}.jpg" for day in (11, 12) for k in range(3)]
+GUESSES = {"path,split,label": "{0},train,{1}", "key, path, split, label": "{1}\t{0}\ttrain\tanna", "a name first": "anna,{0},7", "split in front": "train,{1},{0}",
+           "two labels": "{1}\t0\t5\t{0}", "few numbers behind": "1\t{0}\t{1}\t30.5", "key, label and more": "{1}\t0\t7"}
+
+@pytest.mark.parametrize("layout", GUESSES)
+def test_a_list_without_header_is_read_by_known_layouts_only(tmp_path, layout):
+    photos_of(tmp_path, DATES)
+    (tmp_path/"mine.txt").write_text("".join(GUESSES[layout].format(path, k)+"\n" for k, path in enumerate(DATES)))
+    with pytest.raises(ValueError, match="mine.txt, line 1: . columns and no header, so that .* could be the subject: write a first line"): open_encoded(tmp_path/"mine.txt")
+
+KNOWN = {"{0}\t{1}": 6, "{1}\t{0}": 2, "x{1}\t{0}": 6, "{1}\t{0}\tanna": 1, "{1}\t7.000\t{0}": 1, "1\t{0}\t{1}\t1\t2\t3\t4": 6, "{0}": 2, "{0};{1}": 6, "\"{0}\";\"{1}\"": 6}
+
+@pytest.mark.parametrize("layout", KNOWN)
+def test_known_layouts(tmp_path, layout):
+    photos_of(tmp_path, DATES)
+    (tmp_path/"mine.txt").write_text("".join(layout.format(path, k)+"\n" for k, path in enumerate(DATES)))
+    assert len(quietly(open_encoded, tmp_path/"mine.txt").subjects) == KNOWN[layout]
+
+def test_a_list_of_pairs_is_no_list_of_faces(tmp_path):
+    photos_of(tmp_path, DATES)
+    (tmp_path/"mine.txt").write_text(f"{DATES[0]},{DATES[1]},1\n")
+    with pytest.raises(ValueError, match="are both images: a list of faces names one a line; lists of pairs are for --benchmarks"): open_encoded(tmp_path/"mine.txt")
+
+def test_comments_below_a_header(tmp_path):
+    photos_of(tmp_path, DATES)
+    (tmp_path/"mine.csv").write_text("path,label\n# made by hand\n# twice checked\n"+"".join(f"{path},{k//2}\n" for k, path in enumerate(DATES)))
+    assert len(open_encoded(tmp_path/"mine.csv")) == 6
+    (tmp_path/"mine.csv").write_text("path,label\n# made by hand\n")
+    with pytest.raises(ValueError, match="names no image below its first line"): open_encoded(tmp_path/"mine.csv")
+
+def test_paths_of_another_machine(tmp_path):
+    for path in ("/mnt/faces/a/0.jpg", "C:\\\\faces\\\\a\\\\0.jpg"):
+        (tmp_path/"mine.txt").write_text(f"{path}\t1\n")
+        with pytest.raises(FileNotFoundError, match="cut the paths down to what lies below the list's folder"): open_encoded(tmp_path/"mine.txt")
+
+def test_metadata_of_hugging_face_is_a_list_where_it_holds_labels(tmp_path):
+    photos_of(tmp_path, DATES)
+    rows = [f"{path},{'anna' if k % 2 else 'boris'}" for k, path in enumerate(DATES)]
+    (tmp_path/"metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    assert open_encoded(tmp_path).subjects == ["anna", "boris"]
+    (tmp_path/"metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    with pytest.warns(UserWarning, match="metadata.csv is not read, since folders are taken as the subjects"): found = open_encoded(tmp_path)
+    assert found.subjects == ["2024-01-11", "2024-01-12"]
+
+@pytest.mark.parametrize("name", ["labels.csv", "identity.txt", "people.tsv", "metadata.jsonl"])
+def test_a_list_beside_folders_is_told_of(tmp_path, name):
+    photos_of(tmp_path, DATES)
+    sep = "," if name.endswith("csv") else "\t"
+    lines = [f'{{"file_name": "{path}", "label": {k}}}' if name.endswith("jsonl") else f"{path}{sep}person{k}" for k, path in enumerate(DATES)]
+    (tmp_path/name).write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match=f"{name} is not read, since folders are taken as the subjects.*name it in the folder's place"): open_encoded(tmp_path)
+    found = quietly(lint, tmp_path).table.set_index("rule")
+    assert found.loc["unread list", "severity"] == "warning" and name in found.loc["unread list", "example"]
+    # in a folder that holds no set, the list is what to name
+    for path in DATES: (tmp_path/path).rename(tmp_path/path.replace("/", "_"))
+    for day in (11, 12): (tmp_path/f"2024-01-{day}").rmdir()
+    with pytest.raises(ValueError, match=f"no folders of subjects.*or name the list that lies there, .*{name}"): open_encoded(tmp_path)
+
+def test_a_list_that_says_what_the_folders_say_is_passed_over(tmp_path):
+    photos_of(tmp_path, DATES)
+    (tmp_path/"labels.csv").write_text("path,label\n"+"".join(f"{path},{path[8:10]}\n" for path in DATES))
+    (tmp_path/"README.txt").write_text("Faces, drawn in 2024\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(open_encoded(tmp_path).subjects) == 2
+
+@pytest.mark.parametrize("name", ["", "train.rec", "list.txt", "../elsewhere.txt"])
+def test_an_unfinished_set_is_no_set(tmp_path, faces, name):
+    out = tmp_path/"set"
+    convert(faces, out, "folder" if name.endswith("txt") or not name else "records")
+    if name.endswith("txt"): write_list(out/name, open_encoded(out) if name != "list.txt" else open_encoded(out))
+    (out/".shares").mkdir()
+    for act in (lambda: open_encoded(out/name), lambda: lint(out/name), lambda: convert(out/name, tmp_path/"copy")):
+        with pytest.raises(ValueError, match="set is a set that is not whole yet: give the command again that began it, or cemiface set merge"): act()
+    (out/"set.json").write_text("{}")
+    assert len(open_encoded(out/name)) == 36
+
+@pytest.mark.parametrize("name", ["set.zip", "set.tar.gz", "set.tgz", "set.7z"])
+def test_archives(tmp_path, name):
+    (tmp_path/name).write_bytes(b"PK")
+    with pytest.raises(ValueError, match="is packed: unpack it"): open_encoded(tmp_path/name)
+
+def test_where_a_set_is_not_written(tmp_path, faces):
+    for name in ("out.tar", "out.parquet", "out.rec", "out.zip"):
+        with pytest.raises(ValueError, match="a set is written into a folder, whatever its form: leave .* out of its name"): convert(faces, tmp_path/name)
+        assert not (tmp_path/name).exists()
+    with pytest.raises(ValueError, match="lies in the set that it is made from"): convert(faces, faces/"records")
+    assert not (faces/"records").exists()
+    assert len(convert(faces, tmp_path/"v1.2", "folder")) == 36            # a dot in a name is no form

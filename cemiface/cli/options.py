@@ -143,9 +143,6 @@ def open_named(source:str, size:int, subjects:int|None, per_subject:int|None, se
     "`open_faces` with sizes for a world that has no end; damaged files, and subjects with too few images, are left out and named on stderr. ValueError for a set that is not whole yet."
     from cemiface.data.faceset import open_faces
     if source.startswith("proc:"): subjects, per_subject = subjects or 200, per_subject or 20
-    for part in each_set(source):
-        if (Path(part)/".shares").is_dir() and not any((Path(part)/name).exists() for name in ("set.json", "render.json")):
-            raise ValueError(f"{part} is a set that is not whole yet: give the command again that began it, or cemiface set merge {part}")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         faces = open_faces(source, size, subjects, per_subject, seed=seed, on_bad="raise" if strict else "skip", progress=True)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUBJECT_COLUMNS', 'library', 'label_name', 'subject_of', 'labelled', 'find_shards', 'of_one_set', 'TarImages',
-           'tar_samples', 'json_of', 'open_tar', 'row_group', 'arrow_table', 'TableImages', 'table_files',
-           'table_columns', 'image_name', 'open_rows', 'open_table', 'is_table', 'has_is_same', 'open_pair_table']
+           'tar_samples', 'json_of', 'read_tar', 'packed_folders', 'open_tar', 'row_group', 'arrow_table',
+           'TableImages', 'table_files', 'table_columns', 'image_name', 'open_rows', 'table_images', 'open_table',
+           'is_table', 'has_is_same', 'open_pair_table']
 
 # %% ../../nbs/data/09_forms.ipynb #e9f00004
 import importlib
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -21,8 +23,8 @@ from types import ModuleType
 
 import numpy as np
 
-from .images import natural_key, SUFFIXES
-from .records import dense, Encoded, FORMS, name_of
+from .images import BESIDE, natural_key, SUFFIXES
+from .records import dense, Encoded, FORMS, name_of, NAMED
 from .pairs import PAIR_FORMS, PairSet, pair_set, pixels_as_bmp
 
 # %% ../../nbs/data/09_forms.ipynb #e9f0000a
@@ -47,7 +49,7 @@ def label_name(
     found = [label_column] if label_column else [name for name in names if name.lower() in SUBJECT_COLUMNS]
     if len(found) == 1: return found[0]
     say = f"{' and '.join(found)} could each be the subject" if found else "none is known to hold the subject"
-    raise ValueError(f"of its columns, {', '.join(names)}, {say}: name one, --label-column NAME in data convert, label_column=NAME in Python")
+    raise ValueError(f"of its columns, {', '.join(names)}, {say}: name one by {NAMED.format('label', 'NAME')}; label_column=NAME in Python")
 
 def subject_of(
     label:object,           # as stored: a number, text, or anything else
@@ -158,11 +160,10 @@ def json_of(
     except (ValueError, RecursionError): return {}
     return found if isinstance(found, dict) else {}
 
-def open_tar(
-    path:Path,                   # a .tar, or a folder of shards
-    label_column:str|None=None,  # of .json; None: .cls, else the key that is known to hold the subject
-)->Encoded:
-    "Open a WebDataset. ValueError if no sample names its subject in a way that is read."
+def read_tar(
+    path:Path, # a .tar, or a folder of shards
+)->tuple[TarImages, list[str], list[dict], set[str], list[str]]: # N images; .cls and .json of each; all extensions; a line for what is left out
+    "The images of a WebDataset, and what lies beside each. ValueError if there is none."
     shards, images = of_one_set(path, find_shards(path, ".tar")), [suffix[1:] for suffix in SUFFIXES]
     members, places, cls, notes, skipped, extensions = [], [], [], [], [], set()
     for s, shard in enumerate(shards):
@@ -171,27 +172,56 @@ def open_tar(
         with open(shard, "rb", buffering=0) as f:
             for key, parts in samples:
                 extensions |= parts.keys()
-                if not (image := next((name for name in images if name in parts), None)): continue
+                if not (image := next((name for name in images if name in parts), None)):
+                    skipped += [f"{shard}, {key}.{name}: a second dot in its name, behind which WebDataset looks for parts of a sample: rename it" for name in parts if name.rpartition(".")[2] in images]
+                    continue
                 def content(kind): return os.pread(f.fileno(), min(parts[kind][1], 2**20), parts[kind][0]) if kind in parts else None
                 members.append(f"{key}.{image}")
                 places.append((s, *parts[image]))
                 cls.append((content("cls") or b"").decode("utf-8", "replace"))
                 notes.append(json_of(content("json")))
-    if not members: raise ValueError(f"{path}: no sample holds an image, only {', '.join(sorted(extensions)) or 'nothing'}: images end in {' '.join(SUFFIXES)}")
+    if not members: raise ValueError(skipped[0] if skipped else f"{path}: no sample holds an image, only {', '.join(sorted(extensions)) or 'nothing'}: images end in {' '.join(SUFFIXES)}")
+    return TarImages(path, shards, members, np.array(places, np.int64).reshape(-1, 3)), cls, notes, extensions, skipped
+
+def packed_folders(
+    store:TarImages,
+)->tuple[list[str|None], list[str]]: # subject of each image, None: none; a line for each that is left out
+    "The subjects of a packed folder: those folders that are as deep as most images lie. ValueError if two of them have one name."
+    folders = [name.removeprefix("./").rpartition("/")[0] for name in store.members]
+    depths = [folder.count("/") if folder else -1 for folder in folders]
+    depth = Counter(depths).most_common(1)[0][0]
+    if depth < 0: return [None]*len(folders), []
+    named, names, lines = {}, [], []
+    for i, folder in enumerate(folders):
+        name = folder.rpartition("/")[2] if depths[i] == depth else None
+        names.append(name)
+        if name and (other := named.setdefault(name, folder)) != folder:
+            raise ValueError(f"{store.path}: {other} and {folder} are both called {name}: unpack it and rename one of them, or name images and subjects in a list file")
+        if not name and (depths[i] > depth or store.members[i].rpartition("/")[2] not in BESIDE):
+            lines.append(f"{store.where(i)}: lies " + ("deeper than SUBJECT/NAME" if depths[i] > depth else "in no subject's folder"))
+    return names, lines
+
+def open_tar(
+    path:Path,                   # a .tar, or a folder of shards
+    label_column:str|None=None,  # of .json; None: .cls, else the key that is known to hold the subject
+)->Encoded:
+    "Open a WebDataset. ValueError if no sample names its subject in a way that is read."
+    store, cls, notes, extensions, skipped = read_tar(path)
+    names = store.files[0].with_name("subjects.txt")
+    classes = names.read_text("utf-8", "surrogateescape").split("\n")[:-1] if names.exists() else []
     # the subject: in .cls, in .json, or the folder that the sample was packed from
-    folders = [name.rpartition("/")[0].rpartition("/")[2] for name in members]
     if label_column or not any(cls) and any(notes):
         try: key = label_name(list(dict.fromkeys(k for note in notes for k in note)), label_column)
         except ValueError as e: raise ValueError(f"{path}, .json: {e}") from None
-        stored = [note.get(key) for note in notes]
-    elif any(cls): stored = cls
-    elif all(folders): stored = folders
-    else: raise ValueError(f"{path}: its samples ({' '.join(f'.{e}' for e in sorted(extensions))}) hold no .cls or .json with the subject, and lie in no folders" + (": pickles are not read, since they could run code" if extensions & {"pyd", "pkl", "pickle", "pth"} else ""))
-    names = shards[0].with_name("subjects.txt")
-    classes = names.read_text("utf-8", "surrogateescape").split("\n")[:-1] if names.exists() and stored is not folders else []
-    return labelled(path, TarImages(path, shards, members, np.array(places, np.int64).reshape(-1, 3)), stored, classes, skipped)
+        return labelled(path, store, [note.get(key) for note in notes], classes, skipped)
+    if any(cls): return labelled(path, store, cls, classes, skipped)
+    folders, lines = packed_folders(store)
+    if not any(folders): raise ValueError(f"{path}: its samples ({' '.join(f'.{e}' for e in sorted(extensions))}) hold no .cls or .json with the subject, and lie in no folders" + (": pickles are not read, since they could run code" if extensions & {"pyd", "pkl", "pickle", "pth"} else ""))
+    inside = [i for i, folder in enumerate(folders) if folder]
+    labels, subjects = dense([folders[i] for i in inside])
+    return Encoded(name_of(path), labels, subjects, store, np.array(inside), skipped+lines)
 
-FORMS.append((lambda path: bool(find_shards(path, ".tar")), open_tar))
+FORMS.append((lambda path: bool(find_shards(path, ".tar")), open_tar, lambda path: read_tar(path)[0]))
 
 # %% ../../nbs/data/09_forms.ipynb #e9f00018
 _reading = Lock()                            # two threads that ask for one row group read it once
@@ -280,8 +310,8 @@ def image_name(
 def open_rows(
     path:Path,
     files:list[Path],
-    column:str,       # to read
-)->tuple[np.ndarray, list]: # int64 [G,3], as of `TableImages`; the column's values
+    column:str|None,  # to read; None: none
+)->tuple[np.ndarray, list]: # int64 [G,3], as of `TableImages`; the column's values, or None for each row
     "Where the row groups of a table lie, and a column of it. ValueError names the file that is damaged."
     groups, values = [], []
     for f, file in enumerate(files):
@@ -289,14 +319,23 @@ def open_rows(
         try:
             if file.suffix == ".arrow":
                 groups.append((f, 0, len(values)))
-                values += arrow_table(str(file), file.stat().st_mtime_ns).column(column).to_pylist()
+                table = arrow_table(str(file), file.stat().st_mtime_ns)
+                values += table.column(column).to_pylist() if column else [None]*table.num_rows
             else:
                 part, start = parquet.ParquetFile(file), len(values)
                 sizes = [part.metadata.row_group(g).num_rows for g in range(part.num_row_groups)]
                 groups += [(f, g, start+sum(sizes[:g])) for g in range(len(sizes))]
-                values += part.read(columns=[column]).column(0).to_pylist()
+                values += part.read(columns=[column]).column(0).to_pylist() if column else [None]*sum(sizes)
         except (OSError, ValueError, LookupError) as e: raise ValueError(f"{file}: damaged, or without the column {column} ({' '.join(str(e).split())[:100]}): get it again from its source") from None
     return np.array(groups, np.int64).reshape(-1, 3), values
+
+def table_images(
+    path:Path, # as for `open_table`
+)->TableImages:
+    "The images of a table, whoever they show."
+    files = of_one_set(path, table_files(path))
+    groups, rows = open_rows(path, files, None)
+    return TableImages(path, files, image_name(*table_columns(files[0])), groups, len(rows))
 
 def open_table(
     path:Path,                   # .parquet, a folder of some, or what `datasets` saved on disk
@@ -314,7 +353,7 @@ def open_table(
 
 def is_table(path:Path)->bool: return bool(table_files(path))
 
-FORMS.append((is_table, open_table))
+FORMS.append((is_table, open_table, table_images))
 
 # %% ../../nbs/data/09_forms.ipynb #e9f00023
 def has_is_same(path:Path)->bool:

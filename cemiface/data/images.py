@@ -128,7 +128,7 @@ def scan(
     for entry in entries:
         path, suffix = folder/entry.name, os.path.splitext(entry.name)[1].lower()
         seen = path if entry.is_symlink() else entry          # a path's is_file bears a link that leads in a circle
-        if entry.name.startswith("."): continue
+        if entry.name.startswith(".") or entry.name == "__MACOSX": continue
         if seen.is_dir(): folders.append(path)
         elif not seen.is_file(): left["dead link"] += [f"{path}: a link that leads to no file"]*entry.is_symlink()
         elif suffix in SUFFIXES: images.append(path)

@@ -88,4 +88,4 @@ def open_joined(
         sets = [open_encoded(Path(part).expanduser()) for part in parts]
     return join(sets, sign == "+", path)
 
-FORMS.append((lambda path: bool(sets_named(path)[0]), open_joined))
+FORMS.append((lambda path: bool(sets_named(path)[0]), open_joined, lambda path: open_joined(path).store))

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..core.files import readable
 from .images import decode_image, FORMATS, list_folder, natural_key
 from .recordio import RecordFile, read_heads
-from .records import Encoded, Files, find_list, find_record, LIST_SUFFIXES, name_of, open_encoded, read_list
+from .records import Encoded, Files, find_list, find_record, LIST_SUFFIXES, name_of, open_encoded, read_list, unread_lists
 from .pairs import is_pairs, open_pairs
 
 # %% ../../nbs/data/07_lint.ipynb #90b25ac7
@@ -43,6 +43,7 @@ RULES = {
     "empty subject": ("warning", "subjects without an image that can be read: give them images, or remove them"),
     "deeper picture": ("warning", "in folders below a subject's, where none is looked for: move them up, or say how deep the subjects lie, --depth N"),
     "loose picture": ("warning", "beside the subjects' folders: move them into one"),
+    "unread list": ("warning", "lists beside the subjects' folders that say something else: if one says who is who, name it in the folder's place"),
     "unread picture": ("warning", "the suffix of a picture that is not read, or none: convert or rename them"),
     "dead link": ("warning", "links to no file, or to a folder below a subject: mend or remove them"),
     "list labels": ("warning", "the record file itself has one label throughout; other readers need the list too"),
@@ -54,6 +55,7 @@ RULES = {
     "joined names": ("warning", "joined by ',' every set's subjects are its own, by '+' those of one name are one person: see which is meant"),
     "one face": ("warning", "subjects of two sets nearer to each other than one person usually is to herself: look at them, and leave one out or give both one name"),
     "two faces": ("warning", "one name in two sets, and no nearer than strangers are: join the sets by ','"),
+    "leading zeros": ("warning", "names that are one number, with zeros before it and without: one person twice?"),
     "no text": ("warning", "names of subjects or images that are not UTF-8: they are shown as bytes, and no list can hold them; rename them"),
     "index": ("warning", "the record file was read through, since its .idx is missing or another file's: convert the set to write one"),
     "duplicate": ("warning", "the same bytes twice for one subject: counts double in training and in similarity groups"),
@@ -147,7 +149,7 @@ def look_all(
         try:
             data = read(i)
             return look(data, where(i)) if alone or pixels(data) <= LARGE else None
-        except (ValueError, OSError) as e: return 0, 0, 0, 0., False, str(e)
+        except (ValueError, OSError) as e: return 0, 0, 0, 0., False, getattr(e, "strerror", None) or str(e)
     facts, wrong = np.zeros(n, IMAGE_FACTS), {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=n, desc="looking", disable=not progress) as bar:
         for start in range(0, n, 1024):
@@ -254,6 +256,7 @@ def name_rules(
     files = {name for path in getattr(e.store, "paths", []) for name in path.split("/")}
     bytes_in = sorted(name for name in {*e.subjects, *files} if readable(name) != name)
     return {"one name": look_alikes(e.subjects, spelling), "no text": (len(bytes_in), bytes_in[:3]),
+            "leading zeros": look_alikes([name for name in e.subjects if name.isascii() and name.isdigit()], lambda name: name.lstrip("0")),
             "upper and lower case": look_alikes(list(dict.fromkeys(map(spelling, e.subjects))), str.casefold)}
 
 # %% ../../nbs/data/07_lint.ipynb #ccd77f0d
@@ -300,7 +303,8 @@ def lint_set(
     def pair(i): return f"{e.where(readable[i])} = {e.where(readable[original(i)])}"
     counts = np.bincount(labels, minlength=len(e.subjects))
     # what is not in the set: by kind where it is a folder
-    left = list_folder(source, depth)[3] if not named and isinstance(e.store, Files) else {"left out": e.skipped}
+    folders = not named and isinstance(e.store, Files)
+    left = list_folder(source, depth)[3] | {"unread list": list(map(str, unread_lists(source)))} if folders else {"left out": e.skipped}
     blind = np.flatnonzero(np.bincount(labels[readable], minlength=len(e.subjects)) == 0)
     left["empty subject"] = [*left.get("empty subject", []), *(f"{e.subjects[k]}: none of its images can be decoded" for k in blind)]
     findings = image_rules(facts, wrong, e.where, size) | {

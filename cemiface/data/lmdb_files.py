@@ -82,7 +82,7 @@ def open_lmdb(
             stored.append(label)
     return labelled(path, LmdbImages(path, keys), stored, [], skipped)
 
-FORMS.append((is_lmdb, open_lmdb))
+FORMS.append((is_lmdb, open_lmdb, lambda path: open_lmdb(path).store))
 
 # %% ../../nbs/data/10_lmdb_files.ipynb #e9f10009
 def is_memfile(path:Path)->bool: return path.name == "mem_file.dat" or (path/"memfile"/"mem_file.dat").is_file()
