@@ -283,3 +283,24 @@ def test_names_of_one_person_twice_and_names_that_are_no_text(tmp_path):
     convert(tmp_path/"set", tmp_path/"rec")
     found = lint(tmp_path/"rec").table.set_index("rule")
     assert found["count"][["one name", "upper and lower case", "no text"]].tolist() == [2, 2, 1]      # the subjects' names alone
+
+
+def named(root, *names):
+    for k, name in enumerate(names): write_whole(root/name/"0.png", encode_image(skin(k)))
+    return root
+
+
+def test_numbers_with_zeros_before_them(tmp_path):
+    table = lint(named(tmp_path, "1", "01", "2", "0x2", "10")).table.set_index("rule").loc["leading zeros"]
+    assert table["count"] == 1 and table.severity == "warning" and "'01' and '1'" in table.example
+
+
+def test_what_macos_packs_beside_a_set_is_no_subject(tmp_path):
+    named(tmp_path, "ann", "bo")
+    write_whole(tmp_path/"__MACOSX"/"ann"/"._0.png", b"fork")
+    assert lint(tmp_path).size == "2 images of 2 subjects" and found(tmp_path) == {"one image": 2}
+
+
+def test_a_file_that_cannot_be_read_is_named_without_a_number(tmp_path):
+    _, wrong = look_all(lambda i: (tmp_path/"gone.png").read_bytes() if i else encode_image(skin(0)), str, 2)
+    assert wrong == {1: "No such file or directory"}
