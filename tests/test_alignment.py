@@ -354,6 +354,28 @@ def test_an_output_that_cannot_be_written_is_one_oserror(tmp_path):
     with pytest.raises(OSError, match="out"): align_folder(source, tmp_path/"out", points)
 
 
+def test_landmarks_that_are_not_pixels_or_in_another_order(tmp_path):
+    "Fractions of the photo's size are refused; a mixed order is a crop of something, and named."
+    source, points = photos(tmp_path)
+    lines = [line.split(",") for line in points.read_text().split("\n")]
+    faces = {line[0]: np.array(line[1:], float).reshape(5, 2) for line in lines}
+    def again(change):
+        write_whole(points, "\n".join(",".join([name, *map(repr, change(face).flatten().tolist())]) for name, face in faces.items()).encode())
+        return align_folder(source, tmp_path/"out", points)
+    assert (again(lambda face: face).reason == "").all()
+    report = again(lambda face: face/260)
+    assert (report.outcome == "bad landmarks").all() and report.reason.str.contains("fractions of the photo's size").all()
+    for order in ([0, 1, 2, 4, 3], [2, 0, 1, 3, 4], [0, 1, 3, 4, 2]):
+        report = again(lambda face: face[order])
+        assert (report.outcome == "aligned").all() and report.reason.str.contains("another order of the points").all()
+
+
+@pytest.mark.parametrize("data, kind", [(b"\x08\x07\x12\x07pytorch", "an ONNX graph"), (b"\x93NUMPY\x01\0v\0{}", "a NumPy array"), (b"\x80\x02]q\0(", "a pickle")])
+def test_a_file_of_another_kind_holds_no_landmarks(tmp_path, data, kind):
+    (tmp_path/"p.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=f"p.csv is {kind}.*, not a file of landmarks: give a .csv"): read_landmarks(tmp_path/"p.csv")
+
+
 # -- the detector --
 
 def made_up_yunet(path):
@@ -397,19 +419,35 @@ def test_opencv_reads_the_network_and_landmarks_come_out_in_order(tmp_path):
 def test_without_opencv_and_with_a_wrong_file(tmp_path, monkeypatch):
     (tmp_path/"yunet.onnx").write_bytes(b"no model")
     pytest.importorskip("cv2")
-    with pytest.raises(ValueError, match="yunet.onnx.*cannot read"): yunet_detector(tmp_path/"yunet.onnx")
+    with pytest.raises(ValueError, match="yunet.onnx is a text, not YuNet's face detector: get"): yunet_detector(tmp_path/"yunet.onnx")
+    with pytest.raises(FileNotFoundError, match="is a folder of images|not YuNet's face detector"): yunet_detector(tmp_path)
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match="pip install opencv-python-headless"): yunet_detector(tmp_path/"yunet.onnx")
+
+
+def test_another_network_is_no_detector(tmp_path, capfd):
+    "OpenCV reads any network, and stumbles at the first photo."
+    pytest.importorskip("cv2")
+    onnx = pytest.importorskip("onnx")
+    H, F = onnx.helper, onnx.TensorProto.FLOAT
+    graph = H.make_graph([H.make_node("Relu", ["images"], ["embedding"])], "recogniser", [H.make_tensor_value_info("images", F, ["n", 3, 16, 16])], [H.make_tensor_value_info("embedding", F, ["n", 3, 16, 16])])
+    model = H.make_model(graph, opset_imports=[H.make_opsetid("", 12)])
+    model.ir_version = 8
+    onnx.save(model, tmp_path/"recogniser.onnx")
+    with pytest.raises(ValueError, match="recogniser.onnx is an ONNX graph, not YuNet's face detector: get face_detection_yunet") as e: yunet_detector(tmp_path/"recogniser.onnx")
+    assert "OpenCV(" not in str(e.value) and capfd.readouterr() == ("", "")
 
 
 def test_the_network_is_never_used_by_two_threads_at_once(tmp_path, monkeypatch):
     cv2 = pytest.importorskip("cv2")
     busy, clashes = Lock(), []
     class Net:
+        size = None
         def setInputSize(self, size):
             clashes.append(not busy.acquire(blocking=False))
             self.size = size
         def detect(self, image):
+            if self.size is None: return 1, None                                      # the black picture that tells another network
             time.sleep(.005)
             assert image.shape[:2] == self.size[::-1]
             busy.release()

@@ -246,7 +246,7 @@ WRONG = {
     "affine": ("AdaFace", lambda s: s.update({"output_layer.4.weight": torch.zeros(32)}), "1 not expected (output_layer.4.weight)"),
     "shape": ("InsightFace", lambda s: s.update({"fc.bias": torch.zeros(31)}), "1 of wrong shape (fc.bias [31] for [32])"),
     "nan": ("InsightFace", lambda s: s["bn1.running_var"].fill_(float("nan")), "1 not finite numbers (bn1.running_var)"),
-    "variance": ("AdaFace", lambda s: s["body.0.res_layer.0.running_var"].neg_(), "1 below zero (body.0.res_layer.0.running_var)"),
+    "variance": ("AdaFace", lambda s: s["body.0.res_layer.0.running_var"].neg_(), "1 variances below zero (body.0.res_layer.0.running_var)"),
     "integer": ("AdaFace", lambda s: s.update({"input_layer.1.bias": torch.zeros(4, dtype=torch.long)}), "1 not finite numbers (input_layer.1.bias)"),
     "stretched": ("AdaFace", lambda s: s.update({"output_layer.3.weight": torch.zeros(1).expand(32, 128)}), "1 not finite numbers (output_layer.3.weight)"),
     "sparse": ("AdaFace", lambda s: s.update({"input_layer.1.bias": torch.ones(4).to_sparse()}), "1 not finite numbers (input_layer.1.bias)"),
@@ -352,7 +352,7 @@ def test_other_files(small, tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pth") as plain, zipfile.ZipFile(tmp_path / "c.pth", "w", zipfile.ZIP_DEFLATED) as packed:
         for part in plain.infolist(): packed.writestr(part.filename, plain.read(part))
     with pytest.raises(ValueError, match="cannot be read"): read_tensors(tmp_path / "c.pth") # might unpack to anything
-    with pytest.raises(FileNotFoundError, match="there is no file"): read_tensors(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a checkpoint: give a file"): read_tensors(tmp_path)
     with zipfile.ZipFile(tmp_path / "z.pth", "w") as z: z.writestr("a", "b")
     with pytest.raises(ValueError, match="cannot be read.* is a packed file of a: unpack it"): read_tensors(tmp_path / "z.pth")
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), str(tmp_path / "script.pt"))
@@ -360,9 +360,9 @@ def test_other_files(small, tmp_path):
 
 
 @pytest.mark.parametrize("data,says", [
-    (b"", "is empty"), (b"<!DOCTYPE html>", "web page"), (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"), (b"\x08\x07\x12\x07pytorch", "ONNX graph"),
+    (b"", "is an empty file"), (b"<!DOCTYPE html>", "web page"), (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"), (b"\x08\x07\x12\x07pytorch", "ONNX graph"),
     (b"\x12\x01\0\0\0\0\0\0\0\0", "MXNet"), (b"\x89HDF\r\n\x1a\n", "HDF5"), (b"\x93NUMPY\x01\0", "NumPy"), (gzip.compress(b"a", mtime=0), "unpack it"),
-    (b"whatever it may be", "damaged or something else")])
+    (b"whatever it may be", "is a text"), (b"\x01whatever", "damaged or something else")])
 def test_the_message_says_what_the_file_is(data, says, tmp_path):
     (tmp_path / "w.pth").write_bytes(data)
     with pytest.raises(ValueError, match=f"w.pth cannot be read as a checkpoint: it .*{says}"): read_tensors(tmp_path / "w.pth")

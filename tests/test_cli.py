@@ -327,9 +327,14 @@ def test_align(tmp_path):
     Image.fromarray(photo + np.uint8(90)).save(tmp_path / "photos" / "ann" / "1.png"), Image.fromarray(photo).save(tmp_path / "photos" / "ann" / "2.png")
     (tmp_path / "marks.csv").write_text("ann/1.png,90,90,130,90,110,110,95,130,125,130\n")
     said = run("data", "align", tmp_path / "photos", tmp_path / "faces", "--landmarks", tmp_path / "marks.csv")
-    assert said.exit_code == 0 and "1 face of 1 of 2 photos aligned to 112 px" in said.stdout and "no face: ann/2.png" in said.stderr
+    assert said.exit_code == 0 and "1 face, from 1 of 2 photos, aligned to 112 px" in said.stdout and "no face: ann/2.png" in said.stderr
     assert Image.open(tmp_path / "faces" / "ann" / "1.png").size == (112, 112)
     assert run("data", "align", tmp_path / "photos", tmp_path / "faces").exit_code == 2
+    (tmp_path / "fractions.csv").write_text("ann/1.png,.3,.4,.5,.4,.4,.5,.35,.6,.5,.6\n")
+    said = error(2, "data", "align", tmp_path / "photos", tmp_path / "none", "--landmarks", tmp_path / "fractions.csv")
+    assert "none of 2 photos was aligned (bad landmarks: 1, no face: 1)" in said or "(no face: 1, bad landmarks: 1)" in said
+    said = error(2, "data", "align", tmp_path / "photos", tmp_path / "marks.csv", "--landmarks", tmp_path / "marks.csv")
+    assert said.endswith("marks.csv is a file: choose a new or empty folder")
 
 
 def test_align_photos_of_nested_subjects(tmp_path):
@@ -340,7 +345,7 @@ def test_align_photos_of_nested_subjects(tmp_path):
         Image.fromarray(photo + np.uint8(shade)).save(tmp_path / "photos" / subject / name)
     (tmp_path / "marks.csv").write_text(f"0/ann/1.png,{marks}\n1/bob/day/1.png,{marks}\n")
     said = run("data", "align", tmp_path / "photos", tmp_path / "faces", "--landmarks", tmp_path / "marks.csv", "--depth", 2)
-    assert said.exit_code == 0 and "2 faces of 2 of 2 photos aligned" in said.stdout, said.output
+    assert said.exit_code == 0 and "2 faces, from 2 of 2 photos, aligned" in said.stdout, said.output
     assert sorted(str(p.relative_to(tmp_path / "faces")) for p in (tmp_path / "faces").rglob("*.png")) == ["0/ann/1.png", "1/bob/day/1.png"]
     assert run("data", "lint", tmp_path / "faces", "--depth", 2).exit_code == 0
 
@@ -502,10 +507,56 @@ def test_generate_from_loose_images(folder, generator, tmp_path):
 def test_the_same_training_command_goes_on(folder, model):
     before = (model / "centres.safetensors").read_bytes()
     start = time.perf_counter()
-    ok("train-recogniser", "--data", folder, "--out", model, *TINY)
+    said = ok("train-recogniser", "--data", folder, "--out", model, *TINY)
+    assert f"{model} was finished before, and nothing was trained now: it holds the recogniser: ir18" in said
     assert (model / "centres.safetensors").read_bytes() == before
     assert time.perf_counter() - start < 10
     assert "another seed" in error(2, "train-recogniser", "--data", folder, "--out", model, *TINY, "--seed", 5)
+
+
+def test_a_finished_generator_is_not_trained_in_silence(folder, model, generator, tmp_path):
+    words = ("train-generator", "--data", folder, "--recogniser", model, "--preset", "smoke", "--batch-size", 8)
+    said = "was finished before, and nothing was trained now: it holds the generator"
+    assert said in ok(*words, "--out", generator, "--steps", 3)
+    shutil.copytree(generator, tmp_path / "more")
+    assert said not in ok(*words, "--out", tmp_path / "more", "--steps", 4) # one step more is a training
+    assert said in ok(*words, "--out", tmp_path / "more", "--steps", 4)
+
+
+@pytest.fixture(scope="module")
+def things(folder, model, generator, bins, tmp_path_factory):
+    "One of each kind that a path may name."
+    out = tmp_path_factory.mktemp("things")
+    (out / "graph.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    np.savez(out / "stats.npz", mu=np.zeros(4), sigma=np.eye(4)), np.save(out / "emb.npy", np.ones((4, 8), np.float32))
+    ok("data", "convert", folder, out / "records", "--to", "records")
+    (out / "empty").mkdir()
+    return {"recogniser": model, "generator": generator, "pairs": Path(bins.split(",")[0]), "ONNX graph": out / "graph.onnx", "NumPy arrays": out / "stats.npz", "NumPy array": out / "emb.npy",
+            "record file": out / "records/train.rec", "image": next(folder.rglob("*.jpg")), "empty folder": out / "empty", "folder of record files": out / "records", "part of a saved model": model / "model"}
+
+
+KINDS = ("recogniser", "generator", "pairs", "ONNX graph", "NumPy arrays", "NumPy array", "record file", "image", "empty folder", "folder of record files", "part of a saved model")
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lies_in_the_wrong_place_is_called_by_its_kind(kind, things, folder, tmp_path):
+    "Whole files and folders, none of them damaged, and no Python error of the one that could not read them."
+    path, to = things[kind], ("--out", tmp_path / "out")
+    said = []
+    if kind != "recogniser": said += [error(2, "verify", "--recogniser", path), error(2, "recogniser", "export", "--recogniser", path), error(2, "groups", "--data", folder, "--recogniser", path, *to)]
+    said += [error(2, "recogniser", "import", path, *to), error(2, "set", "verify", path), error(2, "set", "merge", path), error(2, "set", "card", path)]
+    if path.is_file(): said += [error(2, "data", "align", folder, tmp_path / "out", "--landmarks", path)]
+    for line in said: assert kind in line and "damaged" not in line and str(path) in line, line
+
+
+def test_a_recogniser_whose_embeddings_do_not_fit(folder, generator, things, tmp_path):
+    ok("train-recogniser", "--data", folder, "--out", tmp_path / "narrow", *TINY, "--set", "emb_dim=32")
+    words = ("--data", folder, "--out", tmp_path / "out", "--preset", "smoke")
+    assert "takes embeddings of 512 numbers, but" in (said := error(2, "train-generator", "--recogniser", tmp_path / "narrow", *words)) and "--set emb_dim=512" in said
+    words = ("generate", "--generator", generator, "--out", tmp_path / "out")
+    assert "holds embeddings of 8 numbers, and the generator takes 512" in error(2, *words, "--inquiry", things["NumPy array"])
+    assert "--threshold-recogniser is for --threshold" in error(2, *words, "--inquiry", folder, "--threshold-recogniser", "shipped")
+    assert "--threshold-recogniser shipped takes images of 64 pixels, and the generator draws 16" in error(2, *words, "--inquiry", folder, "--threshold", .9, "--threshold-recogniser", "shipped")
+    assert "give m (--m)" in error(2, *words, "--inquiry", folder, "--similarity", .3)
 
 
 def test_empty_folder(tmp_path):

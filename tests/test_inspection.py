@@ -10,11 +10,12 @@ from cemiface.audit.card import licence_fields, set_similarity, size_category, w
 from cemiface.generation.conditioning import GENERATORS
 from cemiface.data.faceset import FaceSet, open_faces
 from cemiface.data.images import decode_image, encode_image, read_image
-from cemiface.sets.stored import regenerate, verify_set
+from cemiface.sets.stored import open_set, regenerate, verify_set
 from cemiface.generation.pipeline import untrained_pipeline
+from cemiface.recognition.backbones import backbone
 from cemiface.recognition.training import embed
 from cemiface.data.records import open_encoded
-from cemiface.sets.layout import checksum
+from cemiface.sets.layout import checksum, merge_set
 from small import SIZE, inquiries, make
 
 diffusers.utils.logging.disable_progress_bar()
@@ -32,7 +33,7 @@ def test_any_image_can_be_drawn_again(pipe, tmp_path, form):
     assert regenerate(bare, pipe, "1/1", inquiries()).same and not regenerate(bare, pipe, "1/1", inquiries().subset(torch.tensor([0, 0, 0, 0, 0]))).same
     for image, says in (("5/0", "5 subjects"), ("4/1", "no image 000004/0001"), ("4", "no generated image"), ("0/inquiry_0", "no generated image")):
         with pytest.raises(ValueError, match=says): regenerate(out, pipe, image)
-    with pytest.raises(ValueError, match="load the one that made it"): regenerate(out, untrained_pipeline(GENERATORS["smoke"], seed=1), "0/0")
+    with pytest.raises(ValueError, match="name the one that made it"): regenerate(out, untrained_pipeline(GENERATORS["smoke"], seed=1), "0/0")
 
 
 def test_jpegs_and_embeddings_are_drawn_again(pipe, tmp_path):
@@ -63,6 +64,28 @@ def test_each_kind_of_damage_is_found(pipe, tmp_path, form):
         assert found == {"000000/0000.png": "its checksum is not the manifest's"}
     (whole/"set.json").unlink()
     with pytest.raises(ValueError, match="no set.json"): verify_set(whole)
+
+
+@pytest.mark.parametrize("data", [b"{junk", b"", b"[1, 2]", b'{"config": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["set.json", "manifest.csv"])
+def test_a_note_that_is_damaged_is_named(pipe, tmp_path, name, data):
+    out = make(pipe, tmp_path/"set")
+    (out/name).write_bytes(data)
+    for use in (open_set, verify_set, lambda out: regenerate(out, pipe, "0/0"), *[merge_set]*(name == "set.json")):
+        with pytest.raises(ValueError, match=f"set/{name} is damaged or cannot be read.*: copy the set again, or draw it anew"): use(out)
+
+
+def test_what_is_no_set_is_called_by_its_kind(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path/"generator")
+    for use in (open_set, merge_set):
+        with pytest.raises(ValueError, match="generator is a generator, not a "): use(tmp_path/"generator")
+        with pytest.raises(ValueError, match="there is no .*nowhere"): use(tmp_path/"nowhere")
+
+
+def test_a_recogniser_of_another_size_is_told_before_anything_is_measured(pipe, tmp_path):
+    out = make(pipe, tmp_path/"set")
+    with pytest.raises(ValueError, match="has images of 16 pixels, the recogniser takes 32: choose another --recogniser, such as the one its generator was trained with"):
+        write_card(out, backbone("ir18", 32, 4), "mine")
 
 
 def test_the_size_and_the_label_are_checked_too(pipe, tmp_path):

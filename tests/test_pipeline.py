@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DConditionModel, UniPCMultistepScheduler
 from diffusers.callbacks import PipelineCallback
 from hypothesis import given as drawn, settings, strategies as st
@@ -144,10 +145,21 @@ def test_folders_that_hold_no_pipeline(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     weights = next((tmp_path/"unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"): CemiFacePipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a file of the generator is damaged or missing .*diffusion_pytorch_model.safetensors.*: copy the folder again"): CemiFacePipeline.from_pretrained(tmp_path)
     weights.unlink()
     torch.save(pipe.unet.state_dict(), tmp_path/"unet"/"diffusion_pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"): CemiFacePipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="safetensors"): CemiFacePipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part, name, value, says", [("unet", "conv_out.bias", float("nan"), "1 not finite numbers .unet.conv_out.bias"), ("conditioner", "f2.weight", float("inf"), "1 not finite numbers .conditioner.f2.weight"),
+    ("recogniser", "bn1.running_var", -1., "1 variances below zero .recogniser.bn1.running_var")])
+def test_weights_that_no_training_leaves_behind(pipe, tmp_path, part, name, value, says):
+    pipe.save_pretrained(tmp_path)
+    path = tmp_path/part/"diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors[name][0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"a file of the generator is damaged .*{says}"): CemiFacePipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("wrong, says", [

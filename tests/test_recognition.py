@@ -1,5 +1,6 @@
 "Training a recogniser: kill and resume, hostile state files, every setting with each of its values, several processes."
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+from safetensors.torch import load_file, save_file
 
 from cemiface.core.settings import changed
 from cemiface.data.faceset import FaceSet
@@ -169,7 +171,7 @@ def test_weights_that_overflow_are_never_saved(tmp_path):
 
 def test_stops_at_nan_and_keeps_the_last_good_state(tmp_path):
     wild = changed(SMALL, lr=1e12, warmup_steps=0, epochs=4)
-    with pytest.raises(FloatingPointError, match=r"epoch \d+, batch \d+, learning rate 1e\+12: lower lr"): train(wild, out=tmp_path, save_seconds=0.)
+    with pytest.raises(FloatingPointError, match=r"(learning rate 1e\+12|not finite after \d+ epochs and \d+ batches): lower lr"): train(wild, out=tmp_path, save_seconds=0.)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert all(v.isfinite().all() for v in (state["head"] | {k: v for k, v in state["net"].items() if "running" not in k}).values())
     assert not (tmp_path / "recogniser.json").exists()
@@ -314,6 +316,23 @@ def test_a_damaged_recogniser_is_named(tmp_path, name):
     save_recogniser(tmp_path, plain())
     (tmp_path / name).write_bytes(b"{junk")
     with pytest.raises(ValueError, match="a file of the recogniser is damaged"): load_recogniser(tmp_path)
+
+
+@pytest.mark.parametrize("name, value, says", [("layer1.0.bn1.running_var", -1., "1 variances below zero .layer1.0.bn1.running_var"), ("fc.weight", float("nan"), "1 not finite numbers .fc.weight"),
+                                               (None, float("inf"), "class centres that are not finite")])
+def test_weights_that_no_training_leaves_behind(tmp_path, name, value, says):
+    "As of a public checkpoint, so of a folder: a variance below zero makes every embedding NaN."
+    path = save_recogniser(tmp_path, plain()) / ("model/diffusion_pytorch_model.safetensors" if name else "centres.safetensors")
+    tensors = load_file(path)
+    tensors[name or "centres"].view(-1)[0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"a file of the recogniser is damaged .*{says}"): load_recogniser(tmp_path)
+
+
+def test_a_recogniser_without_its_model_asks_no_server(tmp_path, monkeypatch):
+    shutil.rmtree(save_recogniser(tmp_path, plain()) / "model")
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="a file of the recogniser is damaged .*config.json"): load_recogniser(tmp_path)
 
 
 def test_what_is_evaluated_is_what_is_kept():

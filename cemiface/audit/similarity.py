@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..core.kinds import kind_of, mistaken
 from ..recognition.groups import cos_to_centre
 from ..core.figures import M_CMAP, figure_style, m_colours
 from ..recognition.verification import plot_cosines
@@ -242,7 +243,9 @@ def read_arrays(path:str|Path)->np.ndarray|dict: # the array of a .npy; mu and s
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray): return content
         with content: return {k: np.asarray(content[k], np.float64) for k in ("mu", "sigma") if k in content}
-    except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{path} holds no array of numbers ({e}): write features [N,D] with numpy.save") from e
+    except (OSError, ValueError, EOFError, BadZipFile) as e:
+        if kind_of(path).startswith(("a NumPy", "NumPy")): raise ValueError(f"{path} holds no array of numbers ({e}): write features [N,D] with numpy.save") from e
+        raise ValueError(mistaken(path, "an array of numbers", "give a file .npy or .npz")) from None
 
 def read_moments(path:str|Path)->tuple[Tensor, Tensor]: # mean [D], covariance [D,D], float64
     "Moments of features: a .npy [N,D], or a .npz with mu and sigma. ValueError or OSError says what the file is instead."

@@ -145,5 +145,10 @@ def align_command(
         typer.secho(f"{row.outcome}: {row.path}" + (f": {row.reason}" if row.reason else ""), fg="yellow", err=True)
     good, several = table[table.outcome == "aligned"], table[table.faces > 1].path.nunique()
     taken = "all were taken" if faces == "all" else f"the {'most central' if faces == 'central' else faces} was taken"
-    typer.echo(f"{target} holds {len(good)} face{'s' * (len(good) != 1)} of {good.path.nunique()} of {table.path.nunique()} photos aligned to {size} px" + (f", {several} of them with several faces ({taken})" if several else "") +
-               (f"; {odd} look odd and are named above" if (odd := int((good.reason != "").sum())) else "") + "; alignment.csv has a row for every face")
+    photos, odd = table.path.nunique(), int((good.reason != "").sum())
+    if good.empty:
+        why = table.outcome.value_counts()
+        remedies = {"unreadable": "replace them", "which frame": "say --landmarks-in", "no face": "lower --score, or give --landmarks" if detector else f"name them in {landmarks}"}
+        raise ValueError(f"none of {photos} photos was aligned ({', '.join(f'{outcome}: {n}' for outcome, n in why.items())}), and {target} holds only alignment.csv, with the reason of each: {remedies.get(why.index[0], f'correct {landmarks}')}")
+    typer.echo(f"{target} holds {len(good)} face{'s' * (len(good) != 1)}, from {good.path.nunique()} of {photos} photos, aligned to {size} px" + (f"; {several} photo{'s' * (several != 1)} with several faces ({taken})" if several else "") +
+               (f"; {odd} odd one{'s' * (odd != 1)} named above" if odd else "") + "; alignment.csv has a row for every face")

@@ -94,10 +94,14 @@ def train_generator_command(
     network = open_recogniser(recogniser, device)
     sizes, size = GENERATORS[preset], network.config.size
     if sizes.size != size: raise ValueError(f"preset {preset} draws {sizes.size} pixels, but {recogniser} takes {size}: choose another --preset or --recogniser")
+    if sizes.emb_dim != network.config.emb_dim: raise ValueError(f"preset {preset} takes embeddings of {sizes.emb_dim} numbers, but {recogniser} gives {network.config.emb_dim}: choose another --recogniser, such as one trained with --set emb_dim={sizes.emb_dim}")
     faces = open_named(data, size, subjects, per_subject, seed, strict=strict)
     claim(out, "train-generator", data=named_path(data), recogniser=str(recogniser), method=method, preset=preset, images=len(faces), init=str(init),
           **config.model_dump(exclude=set(PACE)))
+    state = out/"train"/"state.safetensors"
+    before = state.exists() and state.stat().st_mtime_ns
     unet, conditioner = train(faces, network, sizes, config, out/"train", _start(init, method, config, out), log_with=log_with)
+    done = state.exists() and state.stat().st_mtime_ns == before
     if launched()[0]: return # one of several processes speaks
     usual = PROFILES[preset] # whose sampler and steps it draws with
     noise = ddim_scheduler(config.snr_scale, config.T, config.prediction)
@@ -105,7 +109,7 @@ def train_generator_command(
     made.register_to_config(steps=usual.steps)
     made.save_pretrained(out/"pipeline")
     save_figure(plot_training(pd.read_csv(out/"train/log.csv")), out/"training.png")
-    typer.echo(f"{out} holds the generator (pipeline) and its losses (training.png): {config.steps} steps of {config.batch_size} images, from {len(faces)} faces\n"
+    typer.echo(f"{out} {'was finished before, and nothing was trained now: it ' * done}holds the generator (pipeline) and its losses (training.png): {config.steps} steps of {config.batch_size} images, from {len(faces)} faces\n"
                f"Draw a set: cemiface generate --inquiry proc:webface_1shot{' --m 0' * (method == 'simmat')} --generator {out} --out my_set")
 
 # %% ../../nbs/cli/04_generators.ipynb #d231cbf7
@@ -133,12 +137,17 @@ def _inquiries_of(source:str, pipe, runs:int|list, subjects:int|None, threshold:
     from cemiface.generation.diffusion import image_size
     from cemiface.recognition.training import embed
     from cemiface.sets.inquiries import choose_inquiries
+    if threshold_recogniser and threshold == 1: raise ValueError("--threshold-recogniser is for --threshold: give that, too, or leave it out")
     needed = None if isinstance(runs, int) else sum(n for n, _ in runs)
     endless = source.startswith("proc:") and threshold == 1
     faces = open_inquiries(source, image_size(pipe.unet), subjects or (needed if endless else None), seed)
+    if isinstance(faces, torch.Tensor) and faces.shape[1] != (dim := pipe.recogniser.config.emb_dim):
+        raise ValueError(f"{source} holds embeddings of {faces.shape[1]} numbers, and the generator takes {dim}: give those of its own recogniser")
     pick = lambda rows: faces[rows] if isinstance(faces, torch.Tensor) else faces.subset(rows)
     if threshold < 1:
+        if threshold_recogniser and isinstance(faces, torch.Tensor): raise ValueError(f"--threshold-recogniser is for images, and {source} holds embeddings: leave it out")
         network = open_recogniser(threshold_recogniser, str(pipe.device)) if threshold_recogniser else pipe.recogniser
+        if network.config.size != image_size(pipe.unet): raise ValueError(f"--threshold-recogniser {threshold_recogniser} takes images of {network.config.size} pixels, and the generator draws {image_size(pipe.unet)}: choose another")
         chosen = choose_inquiries(faces if isinstance(faces, torch.Tensor) else embed(network, faces.images, progress=True), threshold, progress=True)
         typer.echo(f"{len(chosen.indices)} of {len(faces)} inquiries have a cosine below {threshold:g} to each other" +
                    (f"; the other {len(chosen.dropped)} are too near to one of {chosen.dropped.neighbour.nunique()} among them" if len(chosen.dropped) else ""), err=True)

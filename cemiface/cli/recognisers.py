@@ -90,11 +90,12 @@ def train_recogniser_command(
     content = {f"--benchmarks {p.name}": pairs_fingerprint(p) for p in pair_sets} # train_recogniser looks after the faces
     claim(out, "train-recogniser", content, data=named_path(data), images=len(faces), subjects=faces.n_subjects, benchmarks=benchmarks, **config.model_dump())
     def accuracies(model): return evaluate(model, pair_sets, precision=config.precision)["accuracy"].to_dict() # set -> percent, and AVG
+    done = (out/"recogniser.json").exists()
     trained = train_recogniser(faces, config, out, accuracies if pair_sets else None, log_with=log_with)
     if rank: return # one of several processes speaks
     save_figure(plot_history(trained), out/"history.png")
     if pair_sets: typer.echo(last_and_best(trained.history).drop(columns=["lr", "seconds"]).round(3).to_string())
-    typer.echo(f"{out} holds the recogniser: {config.backbone} + {config.margin}, {config.epochs} epochs on {len(faces)} images of {faces.n_subjects} subjects, "
+    typer.echo(f"{out} {'was finished before, and nothing was trained now: it ' * done}holds the recogniser: {config.backbone} + {config.margin}, {config.epochs} epochs on {len(faces)} images of {faces.n_subjects} subjects, "
                f"last loss {trained.history['loss'].iloc[-1]:.2f}\nTest it: cemiface verify --recogniser {out}")
 
 # %% ../../nbs/cli/03_recognisers.ipynb #df0867e3

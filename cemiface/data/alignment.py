@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEFT_RIGHT', 'OUTCOMES', 'Frame', 'Which', 'REPORT', 'TEXTS', 'arcface_template', 'similarity_transform', 'warp',
            'align_face', 'five_points', 'faces_of', 'json_faces', 'csv_faces', 'read_landmarks', 'stored_frame',
-           'upright', 'turn_of', 'remarks', 'seems_stored', 'largest', 'central', 'align_one', 'align_photo',
-           'png_names', 'source_digest', 'detector_name', 'report_table', 'read_report', 'list_photos', 'remove_crops',
-           'align_folder', 'yunet_detector']
+           'upright', 'turn_of', 'remarks', 'odd_shape', 'seems_stored', 'largest', 'central', 'align_one',
+           'align_photo', 'png_names', 'source_digest', 'detector_name', 'report_table', 'read_report', 'list_photos',
+           'remove_crops', 'align_folder', 'yunet_detector']
 
 # %% ../../nbs/data/06_alignment.ipynb #50c18b3e
 import csv
@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.files import foreign_encoding, write_whole
+from ..core.kinds import kind_of, mistaken, TEXT
 from .images import BESIDE, encode_image, FORMATS, images_in, list_folder, read_image, scan
 from ..world.camera import TEMPLATE
 
@@ -88,8 +89,9 @@ def align_face(
     size:int=112,     # pixels a side
 )->Tensor: # uint8 RGB [3,size,size]
     "Lay a face on ArcFace's template. ValueError if the landmarks cannot be a face in this photo."
-    matrix = similarity_transform(landmarks, arcface_template(size))
-    (h, w), (x, y) = image.shape[1:], torch.as_tensor(landmarks, dtype=torch.float64).mean(0).tolist()
+    matrix, points = similarity_transform(landmarks, arcface_template(size)), torch.as_tensor(landmarks, dtype=torch.float64)
+    (h, w), (x, y) = image.shape[1:], points.mean(0).tolist()
+    if (points.amax(0)-points.amin(0)).max() < 2: raise ValueError("landmarks lie within 2 pixels: are they fractions of the photo's size? Give pixels")
     if not (0 <= x < w and 0 <= y < h):
         raise ValueError(f"landmarks lie around ({x:.0f}, {y:.0f}), outside the photo of {w}x{h} pixels: were they found in a copy of another size?")
     return warp(image, matrix, size)
@@ -130,8 +132,9 @@ def csv_faces(
             if not row or n == 1 and row[-1].strip().lower() in ("y5", "y68"): continue
             try: numbers = [float(v) for v in row[1:]]
             except ValueError: numbers = []
-            if len(numbers) not in (10, 136): raise ValueError(f"{path}, line {n}: not path,x1,y1,...,x5,y5: give ten numbers after the path, or 136 for 68 points")
-            faces.setdefault(row[0], []).append(numbers)
+            if len(numbers) in (10, 136): faces.setdefault(row[0], []).append(numbers); continue
+            if not faces and kind_of(path) not in ("", TEXT): raise ValueError(mistaken(path, "a file of landmarks", "give a .csv, path,x1,y1,...,x5,y5, or a .json"))
+            raise ValueError(f"{path}, line {n}: not path,x1,y1,...,x5,y5: give ten numbers after the path, or 136 for 68 points")
     return faces
 
 # %% ../../nbs/data/06_alignment.ipynb #0067d09e
@@ -192,6 +195,14 @@ def remarks(
     out = int(((x < -.5) | (x > w-.5) | (y < -.5) | (y > h-.5)).sum())
     return "; ".join([f"the face is turned by {turn:.0f} degrees"]*(abs(turn) > 60)+[f"{out} of 5 landmarks lie outside the photo of {w}x{h} pixels"]*(out > 0))
 
+def odd_shape(
+    face:Tensor, # [5,2]
+)->str: # empty if it looks like a face
+    "Whether the points, laid on the template, explain too little of it: below 0.65, as full profiles do."
+    M, q = similarity_transform(face, arcface_template()), arcface_template()
+    left = (face.double() @ M[:, :2].T+M[:, 2]-q).square().sum()/(q-q.mean(0)).square().sum()
+    return "the landmarks hardly have the shape of a face: a full profile, or another order of the points?"*bool(left > .35)
+
 def seems_stored(
     face:Tensor, # [5,2], taken as upright
     tag:int,     # orientation of its photo
@@ -240,7 +251,7 @@ def align_one(
     if frame and (doubt := seems_stored(face, *frame)):
         return row("which frame", reason=f"{doubt}, unless the landmarks were measured on the picture as stored, before orientation tag {frame[0]} turns it: "
                    "say --landmarks-in stored, or upright if the photo is so")
-    try: crop, remark = align_face(image, face, size), remarks(face, *image.shape[:0:-1])
+    try: crop, remark = align_face(image, face, size), "; ".join(filter(None, (remarks(face, *image.shape[:0:-1]), odd_shape(face))))
     except ValueError as e: return row("bad landmarks", reason=str(e))
     write_whole(target, encode_image(crop))
     return row("aligned", target.name, similarity_transform(face, arcface_template(size))[:, :2].det().sqrt().item(), remark)
@@ -304,6 +315,7 @@ def read_report(
 )->dict[str, list[dict]]: # photo -> its rows
     "The photos that an earlier run has aligned and whose crops are there. FileExistsError if the folder holds something else."
     path = out/"alignment.csv"
+    if out.is_file(): raise FileExistsError(f"{out} is a file: choose a new or empty folder")
     if not path.exists():
         if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
             raise FileExistsError(f"{out} holds other files, and no alignment.csv to go on with: choose a new or empty folder")
@@ -389,12 +401,17 @@ def yunet_detector(
     score:float=.9,      # faces below it are not reported; OpenCV's own default
     side:int=640,        # longest side of what the network sees, pixels
 )->Callable: # uint8 RGB [3,H,W] -> landmarks float64 [n,5,2]
-    "OpenCV's face detector for `align_folder`. ImportError without OpenCV; OSError or ValueError if the file is no model."
+    "OpenCV's face detector for `align_folder`. ImportError without OpenCV; OSError or ValueError if the file is no such network."
     try: import cv2
     except ImportError as e: raise ImportError("YuNet runs in OpenCV: pip install opencv-python-headless, or give landmarks in a file") from e
-    if not Path(model_file).is_file(): raise FileNotFoundError(f"there is no {model_file}: get face_detection_yunet_*.onnx from OpenCV's model zoo")
-    try: net = cv2.FaceDetectorYN.create(str(model_file), "", (side, side), score)
-    except cv2.error as e: raise ValueError(f"{model_file}: OpenCV {cv2.__version__} cannot read it ({e.err}): is it face_detection_yunet_*.onnx?") from e
+    wrong = mistaken(model_file, "YuNet's face detector", "get face_detection_yunet_*.onnx from OpenCV's model zoo")
+    if not Path(model_file).is_file(): raise FileNotFoundError(wrong)
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try: # another network shows itself only at work: a black picture
+        net = cv2.FaceDetectorYN.create(str(model_file), "", (64, 64), score)
+        net.detect(np.zeros((64, 64, 3), np.uint8))
+    except cv2.error: raise ValueError(wrong) from None
+    finally: cv2.utils.logging.setLogLevel(level)
     lock, digest = Lock(), blake2b(Path(model_file).read_bytes(), digest_size=8).hexdigest()
     def detect(image):
         h, w = image.shape[1:]

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.files import write_whole
 from ..core.machine import chosen_precision
 from ..data.faceset import to_uint8
-from ..recognition.backbones import backbone, IResNet
+from ..recognition.backbones import backbone, check_sound, IResNet
 from .diffusion import ddim_scheduler, denoise, image_size, SAMPLERS, starting_noise
 from .conditioning import (Conditioner, face_conditioner, face_unet, GeneratorConfig,
                                               identity_embedding, similarity_factors)
@@ -48,13 +48,13 @@ def calibrated_m(calibration:dict|None, # judge -> curves of `calibrate`
     "The m at which images have the wanted cosine on average. ValueError names the reachable range, or what is calibrated."
     if m is not None: raise ValueError("give either m or similarity: the second chooses the first")
     if not calibration:
-        raise ValueError("this pipeline is not calibrated, so it cannot choose m for a similarity: run calibrate(pipe, inquiries) once, then save it")
+        raise ValueError("this generator is not calibrated, so it cannot choose m for a similarity: give m (--m), or calibrate it once in Python, calibrate(pipe, inquiries), and save it")
     if judge not in calibration:
         raise ValueError(f"no calibration under {judge!r}: choose from {', '.join(calibration)}")
     fit = [c for c in calibration[judge] if c["sampler"] == sampler and c["steps"] <= steps]
     curves = ", ".join(f"{c['sampler']} from {c['steps']} steps on" for c in calibration[judge])
     if not fit:
-        raise ValueError(f"not calibrated for {sampler} at {steps} steps (only for {curves}): run calibrate with that scheduler and steps=[{steps}]")
+        raise ValueError(f"not calibrated for {sampler} at {steps} steps (only for {curves}): choose another sampler or number of steps, or calibrate these in Python, steps=[{steps}]")
     curve = max(fit, key=lambda c: c["steps"])
     cos_sim, low, high = np.atleast_1d(np.asarray(similarity, dtype=float)), curve["achieved"][0], curve["achieved"][-1]
     for s in cos_sim[~((cos_sim >= low) & (cos_sim <= high))]:
@@ -130,10 +130,17 @@ class OwnModels:
     def from_pretrained(cls, folder:str|Path, # written by `save_pretrained`
                         **kwargs, # other components, `dtype`: see diffusers
                        )->DiffusionPipeline:
-        "Load a saved pipeline. OSError if the folder holds none or its weights are not safetensors."
+        "Load a saved pipeline. OSError if the folder holds none, ValueError if a file in it is damaged, or its weights are not safetensors or not finite."
         if not (Path(folder)/"model_index.json").is_file():
             raise OSError(f"no pipeline in {folder}: it has no model_index.json. Give a folder written by save_pretrained")
-        return super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        def damaged(e): return ValueError(f"{folder}: a file of the generator is damaged or missing ({(str(e).splitlines() or [type(e).__name__])[0][:300]}): copy the folder again, or train it anew")
+        try: pipe = super().from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **kwargs)
+        except OSError as e: raise damaged(e) from e
+        try:
+            for name, net in pipe.components.items():
+                if isinstance(net, torch.nn.Module): check_sound(net, f"{name}.")
+        except ValueError as e: raise damaged(e) from None
+        return pipe
 
 # %% ../../nbs/generation/07_pipeline.ipynb #10160375
 class CemiFacePipeline(OwnModels, DiffusionPipeline):

@@ -29,7 +29,7 @@ def shipped_pipeline()->CemiFacePipeline:
     "The generator trained for this package. OSError if this installation does not hold its weights."
     folder = WEIGHTS/"generator"
     if not folder.is_dir():
-        raise OSError(f"no weights in {folder}: install a release that holds them, or train a generator and load it with CemiFacePipeline.from_pretrained")
+        raise OSError(f"no weights in {folder}: install a release that holds them, or train one by cemiface train-generator and name its folder")
     return CemiFacePipeline.from_pretrained(folder, dtype=torch.float32) # stored as float16
 
 # %% ../../nbs/generation/10_shipped.ipynb #c7d01833
@@ -57,7 +57,7 @@ def shipped_dcface()->DCFacePipeline:
     "The baseline trained for this package. OSError if this installation does not hold its weights."
     folder = WEIGHTS/"dcface"
     if not folder.is_dir():
-        raise OSError(f"no weights in {folder}: install a release that holds them, or train the baseline with train_dcface")
+        raise OSError(f"no weights in {folder}: install a release that holds them, or train the baseline by cemiface train-generator --method dcface and name its folder")
     return load_beside(folder, shipped_pipeline())
 
 # %% ../../nbs/generation/10_shipped.ipynb #3ca44a7a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'BACKBONES', 'SqueezeExcite', 'ImprovedUnit', 'stage_strides', 'stage', 'IResNet', 'backbone', 'folded',
-           'forward_flops']
+           'forward_flops', 'sound', 'unsound_weights', 'fault_words', 'check_sound']
 
 # %% ../../nbs/recognition/01_backbones.ipynb #d6e46d3d
 import copy
@@ -160,3 +160,31 @@ def forward_flops(
     net = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter: net(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops()
+
+# %% ../../nbs/recognition/01_backbones.ipynb #9f0c3f25
+def sound(
+    tensor:Tensor, # from a file
+)->bool:
+    "Whether a tensor is what a weight must be: dense, floating-point, finite, and with as many stored numbers as it shows."
+    return (tensor.layout == torch.strided and not tensor.is_meta and tensor.is_floating_point()
+            and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size() and bool(tensor.isfinite().all()))
+
+def unsound_weights(
+    tensors:dict[str, Tensor], # a network's, by name
+)->dict[str, list[str]]: # what is wrong: the names of those
+    "Weights that are no finite numbers, and variances below zero."
+    return {"not finite numbers": [k for k, v in tensors.items() if not sound(v)],
+            "variances below zero": [k for k, v in tensors.items() if k.endswith("running_var") and (v.to_dense() < 0).any()]}
+
+def fault_words(
+    wrong:dict[str, list[str]], # what is wrong: names
+)->str: # empty if there is none
+    "How many of each kind, and the first three names."
+    return "; ".join(f"{len(ks)} {what} ({', '.join(ks[:3])}{', ...' if len(ks) > 3 else ''})" for what, ks in wrong.items() if ks)
+
+def check_sound(
+    net:nn.Module, # just loaded
+    name:str="", # of this part, for messages
+):
+    "ValueError that counts and names weights that are not finite, or variances below zero."
+    if faults := fault_words(unsound_weights({k: v for k, v in net.state_dict(prefix=name).items() if v.is_floating_point() and not v.is_meta})): raise ValueError(faults)

@@ -39,10 +39,11 @@ from tqdm.auto import tqdm
 from ..core.files import write_whole
 from ..core.figures import figure_style
 from ..core.fingerprints import check_unchanged
+from ..core.kinds import mistaken
 from ..core.machine import chosen_precision, default_device, launched
 from ..data.faceset import augment, AUGMENT_DRAWS, batches, faces_fingerprint, FaceSet, lookups, to_float
 from ..data.records import files_of
-from .backbones import BACKBONES, IResNet, backbone, folded
+from .backbones import BACKBONES, check_sound, IResNet, backbone, folded, sound
 from .margins import MARGINS, correct, margin_head
 
 # %% ../../nbs/recognition/03_training.ipynb #cda02408
@@ -210,12 +211,17 @@ def load_recogniser(
     "Read a recogniser. OSError if the folder holds no finished one, ValueError if a file in it is damaged."
     folder = Path(folder)
     if not (folder / "recogniser.json").exists():
-        raise FileNotFoundError(f"{folder} holds no finished recogniser (recogniser.json is missing): train one into it first")
+        if (folder / "state.pt").exists(): raise FileNotFoundError(f"{folder} holds a recogniser whose training has not finished: give its train-recogniser command again")
+        raise FileNotFoundError(mistaken(folder, "a recogniser", "give a folder made by train-recogniser or recogniser import, a public checkpoint file, or the word shipped"))
     centres, history = folder / "centres.safetensors", folder / "history.csv"
     try:
         record = json.loads((folder / "recogniser.json").read_text())
-        model = IResNet.from_pretrained(folder / "model").to(memory_format=torch.channels_last).eval()
-        return Trained(model, load_file(centres)["centres"] if centres.exists() else None,
+        if not (folder / "model" / "config.json").is_file(): raise ValueError("model/config.json is missing") # diffusers would ask a server for it
+        model = IResNet.from_pretrained(folder / "model", local_files_only=True).to(memory_format=torch.channels_last).eval()
+        rows = load_file(centres)["centres"] if centres.exists() else None
+        check_sound(model)
+        if rows is not None and not sound(rows): raise ValueError("class centres that are not finite numbers")
+        return Trained(model, rows,
                        pd.read_csv(history) if history.exists() else pd.DataFrame(),
                        RecogniserConfig(**record["config"]) if record.get("config") else None, record.get("source") or {})
     except Exception as e: raise ValueError(f"{folder}: a file of the recogniser is damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}): copy the folder again, or train it anew") from e
@@ -247,8 +253,8 @@ def check_training(
     "ValueError if the images do not fit the settings."
     if faces.size != config.size: raise ValueError(f"{faces.name} has {faces.size} px, the recogniser {config.size} px: open the faces at size={config.size}")
     if faces.n_subjects < 2: raise ValueError(f"{faces.name} has {faces.n_subjects} subject: a recogniser needs at least two subjects")
-    if len(faces) < config.batch_size: raise ValueError(f"{faces.name} has {len(faces)} images, less than one batch of {config.batch_size}: lower batch_size")
-    if config.batch_size % processes: raise ValueError(f"batch_size {config.batch_size} does not split over {processes} processes: choose a multiple")
+    if len(faces) < config.batch_size: raise ValueError(f"{faces.name} has {len(faces)} images, less than one batch of {config.batch_size}: lower the batch size")
+    if config.batch_size % processes: raise ValueError(f"a batch of {config.batch_size} does not split over {processes} processes: choose a multiple")
 
 def memory_format(
     config:RecogniserConfig, # width, size, stem

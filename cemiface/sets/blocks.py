@@ -31,7 +31,7 @@ from ..world.people import PERSON, PHOTO, PRESETS
 from ..world.worlds import Photos, chunk_length, photograph, world_factors
 from ..data.images import encode_image
 from .factors import known_factors
-from .layout import check_division, checksum, filled, image_file, open_store, set_batches
+from .layout import check_division, checksum, filled, image_file, open_store, read_note, set_batches
 
 # %% ../../nbs/sets/07_blocks.ipynb #2f6ca50b
 @functools.cache
@@ -86,7 +86,7 @@ def rendered_config(
 )->dict|None: # of the rendered set in it, finished or not
     "The settings with which a rendered set was begun; None if the folder holds none."
     path = next((p for p in (out/"render.json", out/WORK/"render.json") if p.exists()), None)
-    return json.loads(path.read_bytes())["config"] if path else None
+    return read_note(path)["config"] if path else None
 
 def drawn_images(
     out:Path, # a folder
@@ -120,7 +120,7 @@ def begin_rendering(
                              "choose another folder, or repeat those settings")
     if (out/"render.json").exists(): return
     note = out/WORK/"render.json"
-    begun = json.loads(note.read_bytes()).get("shares", shares) if note.exists() else shares
+    begun = read_note(note).get("shares", shares) if note.exists() else shares
     check_division(out, {begun}, shares)
     write_whole(note, json.dumps(dict(config=config, shares=begun)).encode())
     environment = json.dumps(environment_note(device)).encode()

@@ -7,7 +7,6 @@ __all__ = ['AGAIN', 'open_rendered', 'redrawn', 'redraw', 'same_picture', 'file_
            'redrawn_words']
 
 # %% ../../nbs/sets/09_checked.ipynb #5b1e90e5
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import pandas as pd
 from ..data.images import decode_image, encode_image
 from ..data.recordio import RecordFile
 from ..data.records import Files
-from .layout import image_file
+from .layout import image_file, read_note
 from .stored import Regenerated, StoredSet, image_faults, image_id, unknown_images
 from .blocks import draw_block, head_hash
 from .rendered import file_hash, noted_files, read_table, table_path
@@ -28,8 +27,10 @@ def open_rendered(
     "A rendered set as `open_set` gives a generated one. ValueError if it is not finished."
     out = Path(out)
     if not (out/"render.json").exists(): raise ValueError(f"{out} is no finished rendered set: render the rest of it, then join it with cemiface set merge")
-    notes = json.loads((out/"render.json").read_bytes())
-    table = read_table(table_path(out, notes["config"], "factors"))[["file", "label", "subject", "k", "sha256"]].astype(str)
+    notes = read_note(out/"render.json")
+    path = table_path(out, notes["config"], "factors")
+    try: table = read_table(path)[["file", "label", "subject", "k", "sha256"]].astype(str)
+    except (OSError, ValueError, KeyError): raise ValueError(f"{path} is damaged or cannot be read: copy the set again, or render it anew") from None
     records = notes["config"]["form"] == "records"
     if records: table["subject"] = table.label # the labels of records are counted from 0
     return StoredSet(out, notes, table, RecordFile(out/"train.rec") if records else Files(out, table.file.tolist()))
@@ -68,7 +69,7 @@ def file_faults(
     notes:dict, # of render.json
 )->list[tuple]: # file, fault
     "Tables and records that are not there, or not what was written."
-    state = {name: file_hash(out/name) if (out/name).exists() else None for name in noted_files(notes["config"])}
+    state = {name: file_hash(out/name) if (out/name).is_file() else None for name in noted_files(notes["config"])}
     return [(name, "is not what was written: its checksum is not render.json's" if state[name] else "is not there")
             for name in state if state[name] != notes["sha256"].get(name)]
 
@@ -90,7 +91,7 @@ def verify_rendered(
 )->pd.DataFrame: # file, fault: empty if the set is sound
     "Check the files of a rendered set, and draw some of its pictures again. ValueError if it is not finished."
     out = Path(out)
-    notes = json.loads((out/"render.json").read_bytes()) if (out/"render.json").exists() else open_rendered(out).notes
+    notes = read_note(out/"render.json") if (out/"render.json").exists() else open_rendered(out).notes
     faults = file_faults(out, notes)
     if not faults: # else there is nothing to compare the pictures with
         stored = open_rendered(out)

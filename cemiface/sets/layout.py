@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HALF_MILLION', 'PLANS', 'set_plan', 'image_seed', 'image_file', 'image_counts', 'set_batches', 'filled', 'batch_rows',
            'set_rows', 'array_task', 'current_share', 'checksum', 'FolderStore', 'BatchStore', 'open_store',
-           'share_name', 'notes_of', 'divisions', 'check_division', 'start_share', 'finished', 'clean', 'write_share',
-           'share_lines', 'checked_images', 'manifest', 'merge_records', 'merge_set']
+           'share_name', 'read_note', 'notes_of', 'divisions', 'check_division', 'start_share', 'finished', 'clean',
+           'write_share', 'share_lines', 'checked_images', 'manifest', 'merge_records', 'merge_set']
 
 # %% ../../nbs/sets/02_layout.ipynb #cada4af2
 import hashlib
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import encode_image
 from ..core.files import write_whole
+from ..core.kinds import mistaken
 from ..core.machine import launched
 from ..data.recordio import RecordWriter, pack_image, read_payload, scan_records
 from ..data.records import Files
@@ -172,9 +173,16 @@ def open_store(out:Path, config:dict): return BatchStore(out) if config.get("for
 # %% ../../nbs/sets/02_layout.ipynb #fd65afbc
 def share_name(shard:tuple)->str: return "{:05d}-of-{:05d}".format(*shard)
 
+def read_note(path:Path)->dict: # config, ...
+    "What a set says about itself in set.json, render.json or a share's note. ValueError if that is damaged."
+    try: note = json.loads(path.read_bytes())
+    except (OSError, ValueError): note = None
+    if not isinstance(note, dict) or not isinstance(note.get("config"), dict): raise ValueError(f"{path} is damaged or cannot be read: copy the set again, or draw it anew")
+    return note
+
 def notes_of(out:Path)->list[dict]: # config, environments, ...
     "What was noted about a set by its maker or makers."
-    return [json.loads(path.read_bytes())
+    return [read_note(path)
             for path in [out/"set.json", *sorted((out/".shares").glob("*-of-*.json"))] if path.exists()]
 
 def divisions(out:Path)->set[int]: # empty, if no share was started
@@ -206,7 +214,7 @@ def start_share(out:Path, # the set's folder
         if differ:
             raise ValueError(f"{out} holds a set of another configuration ({differ}): choose another folder, or repeat that configuration")
     check_division(out, divisions(out), shard[1])
-    environments = json.loads(path.read_bytes())["environments"] if path.exists() else []
+    environments = read_note(path)["environments"] if path.exists() else []
     environments += [e for e in [notes.pop("environment")] if e not in environments]
     write_whole(path, (json.dumps({"config": config, "environments": environments, **notes}, indent=1) + "\n").encode())
 
@@ -257,7 +265,9 @@ def share_lines(out:Path)->Iterator[list]: # file, checksum; in the set's order
     lacking = {n: [s for s in range(n) if (s, n) not in written] for n in {n for _, n in started}}
     whole = [n for n, shares in lacking.items() if not shares]
     if not whole:
-        raise ValueError(f"{out} is not complete: {'; '.join(f'of {n} shares {shares} are not finished' for n, shares in lacking.items()) or 'no share was started'}: run them, then merge")
+        left = [f"{s + 1}/{n}" for n, shares in lacking.items() for s in shares]
+        state = f"{len(left)} shares are not finished, the first is {left[0]}" if left else "no share was started"
+        raise ValueError(f"{out} is not complete: {state}: draw them by --share, then cemiface set merge {out}")
     return (line.rsplit(",", 1) for s in range(whole[0])
             for line in (out/".shares"/f"{share_name((s, whole[0]))}.csv").read_text().splitlines())
 
@@ -301,7 +311,7 @@ def merge_set(out:str|Path, progress:bool=True)->Path: # the folder
     "Check all shares of a set and finish it; a finished set is left as it is. ValueError or OSError names a share or an image that is missing or damaged."
     out = Path(out)
     if not (notes := notes_of(out)):
-        raise ValueError(f"{out} holds no set, nor the beginning of one: start it with generate_set")
+        raise ValueError(mistaken(out, "a set of cemiface generate or render, nor the beginning of one", "give the folder of a set that several processes have drawn"))
     config = notes[-1]["config"]
     if not (out/".shares").exists() and finished(out, config): return out
     sums = merge_records(out, config, progress) if config.get("form") == "records" else [digest for *_, digest in checked_images(out, config, progress)]

@@ -204,14 +204,14 @@ def merge_rendered(
 )->Path: # the folder
     "Finish a set of which every block is drawn; a finished one is left as it is. ValueError or OSError names what is missing or damaged."
     out = Path(out)
-    if (config := rendered_config(out)) is None: raise ValueError(f"{out} holds no rendered set: start it with render_set")
+    if (config := rendered_config(out)) is None: raise ValueError(f"{out} holds no rendered set: start it with cemiface render")
     if (out/"render.json").exists():
         clean(out)
         return out
     check_table(config["table"])
     blocks = set_batches(config)
     if lacking := [b for b, _ in blocks if not block_piece(out, b, "csv").exists()]:
-        raise ValueError(f"{out} is not complete: {len(lacking)} of {len(blocks)} blocks are not drawn, the first is {lacking[0]}: run every share, then merge")
+        raise ValueError(f"{out} is not complete: {len(lacking)} of {len(blocks)} blocks are not drawn, the first is {lacking[0]}: draw every share, then cemiface set merge {out}")
     environments = [json.loads(p.read_bytes()) for p in sorted((out/WORK).glob("environment-*.json"))]
     join_blocks(out, config, progress)
     join_people(out, config)

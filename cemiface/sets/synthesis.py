@@ -120,7 +120,7 @@ def set_config(pipe:CemiFacePipeline, inquiries:FaceSet|Tensor, m:float|list|Non
     if form not in ("folder", "records") or ext not in ("png", "jpg"):
         raise ValueError(f"form={form!r}, ext={ext!r}: choose folder or records, and png or jpg")
     if oversample and isinstance(inquiries, Tensor):
-        raise ValueError("embeddings have no image to oversample: pass oversample=0")
+        raise ValueError("embeddings have no image to copy: leave --oversample out (oversample=0)")
     config = dict(subjects=len(inquiries), per_subject=per_subject if isinstance(per_subject, int) else runs, m=m,
                   seed=seed, steps=pipe.config.steps if steps is None else steps, sampler=type(pipe.scheduler).__name__, oversample=oversample,
                   size=image_size(pipe.unet), batch_size=max(1, min(batch_size, sum(n*k for n, k in runs))))
