@@ -345,8 +345,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name,write,says", [
-    ("x.npy", lambda p: np.save(p, np.array([Bomb()], object), allow_pickle=True), "no array"), ("x.npz", lambda p: np.savez(p, mu=np.array([Bomb()], object), sigma=np.ones((1, 1))), "no array"),
-    ("x.npz", lambda p: p.write_bytes(b"PK\x03\x04junk"), "no array"), ("x.npy", lambda p: p.write_bytes(b""), "no array"), ("x.npz", lambda p: np.savez(p, features=np.ones(3)), "no mu"),
+    ("x.npy", lambda p: np.save(p, np.array([Bomb()], object), allow_pickle=True), "no array of numbers .but Python objects."), ("x.npz", lambda p: np.savez(p, mu=np.array([Bomb()], object), sigma=np.ones((1, 1))), "no array"),
+    ("x.npz", lambda p: p.write_bytes(b"PK\x03\x04junk"), "x.npz is not an array of numbers"), ("x.npy", lambda p: p.write_bytes(b""), "is an empty file, not an array of numbers"),
+    ("x.npy", lambda p: p.mkdir(), "is an empty folder, not an array of numbers"), ("x.npy", lambda p: None, "there is no .*x.npy: give a file .npy or .npz"), ("x.npy", lambda p: p.write_bytes(b"\x08\x07\x12\x07pytorch"), "is an ONNX graph, not an array"), ("x.npz", lambda p: np.savez(p, features=np.ones(3)), "no mu"),
     ("x.npy", lambda p: np.save(p, np.ones(3)), "shape"), ("x.npy", lambda p: np.save(p, np.ones((3, 2), int)), "shape"), ("x.npz", lambda p: np.savez(p, mu=np.ones(3), sigma=np.eye(2)), "do not fit"),
     ("x.npy", lambda p: np.save(p, np.full((3, 2), np.nan)), "not finite"), ("x.npz", lambda p: np.savez(p, mu=np.array("a"), sigma=np.eye(2)), "no array")])
 def test_files_that_are_no_features(tmp_path, monkeypatch, name, write, says):

@@ -119,6 +119,7 @@ def doubled(n:int)->bytes: # a tuple of tuples of ..., 2**n deep, in 4n bytes
     b"}" + doubled(60) + b"Ns.", doubled(60) + b"\x8f(h\x3b\x90.",                      # a key and a member that take 2**60 steps to hash
     b"I" + b"9" * 10**5 + b"\n.", b"L" + b"9" * 10**5 + b"L\n.", b"F1e999\n.",
     doubled(60) + b".", doubled(60) + b"}\x94h\x01h\x01s.", b"cnumpy\ndtype\n" + doubled(60) + b"\x85R.",                 # exponential to hash or print
+    doubled(60) + b"\x94](U\x01aU\x01be](h\x3ce\x86.",                                 # so is this label
     doubled(60) + doubled(9) + b"\x93.", b"cnumpy\ndtype\n(S'O'\ntR.", b"cnumpy\ndtype\n(S'u1'\ntR(I3\nS'>'\ntb.",
     b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I99999999999\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'abc'\ntb.",           # a shape that lies
     b"cnumpy\ndtype\n(tb.", b"c__builtin__\nbytes\n(I9999999999\ntR.", b"cnumpy\nndarray\n(I9999999999\ntR.",
@@ -184,17 +185,21 @@ def test_random_and_mutated_files_raise_only_what_is_promised(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("content,says", [
-    (PNGS, "not one of"), ((PNGS, SAME, SAME), "not one of"), ((PNGS[:3], SAME), "3 images and 2 labels"), (([], []), "at least one pair"),
+    (PNGS, "it holds bytes and bytes and bytes ..., not one of"), ((PNGS, SAME, SAME), "it holds list and list and list, not one of"), (7, "it holds int, not one of"), ((PNGS, "10"), "it holds list and str"),
+    ((SAME, PNGS), "its first list holds numbers: the images come first"), ((np.array(SAME), PNGS), "its first list holds numbers"), ((PNGS, SAME[:1]), "4 images and 1 labels"), ((PNGS, SAME*2), "4 images and 4 labels"), ((PNGS[:3], SAME), "3 images and 2 labels"), (([], []), "at least one pair"),
     (([*PNGS[:3], None], SAME), r"image 3 \(pair 1\) is NoneType"), (([*PNGS[:3], "text"], SAME), "is str"),
     (([*PNGS[:3], np.zeros((8, 8), np.uint8)], SAME), r"image 3 \(pair 1\) is an array uint8 \[8, 8\]"), (([*PNGS[:3], np.zeros((8, 8, 3), np.int64)], SAME), "is an array int64"),
     (([*PNGS[:3], np.zeros((8, 8, 3))], SAME), r"image 3 \(pair 1\) is an array float64"), (([*PNGS[:3], np.zeros(3, complex)], SAME), "array of c16"),
-    ((PNGS, [1., .7]), "label of pair 1"), ((PNGS, np.array([float("nan"), 1.])), "label of pair 0"), ((PNGS, [True, 2]), "label of pair 1"), ((PNGS, [True, b"1"]), "label of pair 1"), ((PNGS, np.array([[1, 0, 1]])), "4 images and 3 labels")])
+    ((PNGS, [1., .7]), "label of pair 1"), ((PNGS, np.array([float("nan"), 1.])), "label of pair 0"), ((PNGS, [True, 2]), "label of pair 1"), ((PNGS, [True, b"maybe"]), "label of pair 1 is 'maybe', neither True nor False: labels are 1 and 0"), ((PNGS, [None, True]), "label of pair 0 is 'NoneType'"),
+    ((PNGS, [-1, 0]), "label of pair 1 is '0', after '-1': labels are"), ((PNGS, [True, "False"]), "label of pair 1 is 'false', after '1'"), ((PNGS, [True, "1"*99]), "label of pair 1"),
+    (dict(images=PNGS, issame=SAME), "it holds a dictionary"), ({}, "it holds a dictionary"), ((PNGS, dict(a=1)), "it holds a dictionary"), ((PNGS, [10**300, 1]), "label of pair 0 is 'int'"), ((PNGS, np.array([[1, 0, 1]])), "4 images and 3 labels")])
 def test_other_pickles(tmp_path, content, says):
     with pytest.raises(ValueError, match=says): opened(tmp_path, pickle.dumps(content))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.lists(st.sampled_from([*PNGS, b"\xff\xd8jpeg", b"RIFF", b"?", b""]), min_size=2 * n, max_size=2 * n), st.lists(st.booleans(), min_size=n, max_size=n))))
+@pytest.mark.filterwarnings("ignore:.*. of .* pairs, ")
 def test_bin_to_folder_and_back_keeps_every_byte(tmp_path_factory, case):
     images, same = case
     root = tmp_path_factory.mktemp("pairs")
@@ -222,9 +227,24 @@ def test_lfw_list(tmp_path):
 
 
 @pytest.mark.parametrize("text,says", [
-    ("", "0 images and 0 labels"), ("2 2\nA 1 1\n", "promises 2 folds of 2 x 2 pairs, but 1 follow"), ("a.png b.png\n", "line 1: should be IMAGE IMAGE 0|1"), ("a.png b.png perhaps", "line 1"),
-    ("\n\na.png b.png 2", "line 3"), ("1\nA 1", "line 2: should be NAME"), ("1\nA one two", "line 2"), ("a.png c.png 1", r"1 images are missing, the first is .*c.png \(pair 0\)"),
-    ("a.png a\0.png 1", "missing"), ("A\t1\tB\t1", "2 images are missing")])
+    ("", "it names no pair"), ("img1,img2,label\n", "it names no pair"), ("2 2\nA 1 1\n", "2 2, promises 8 pairs, but 1 follow"), ("4\nA 1 1\n", "4, promises 8 pairs, but 1 follow"), ("a.png b.png\n", "line 1: should be IMAGE IMAGE 0|1"), ("a.png b.png perhaps", "line 1"),
+    ("\n\na.png b.png 2", "line 3"), ("1\nA 1\nA 1 2", "line 2: should be NAME"), ("1\nA one two\nA 1 2", "line 2"), ("\na.png b.png 1\na.png c.png 1", r"1 of 4 images are missing, the first is .*c.png \(line 3\): put them there"),
+    ("a.png a\0.png 1", "missing"), ("A\t1\tB\t1", "2 of 2 images are missing"),
+    # labels in two ways, or none
+    ("a.png b.png 1\na.png b.png 0\na.png b.png -1", "label of line 3 is '-1', after '1' and '0': labels are"), ("a.png b.png True\na.png b.png 0", "label of line 2 is '0', after 'true'"),
+    ("a.png,b.png,1\na.png,b.png,nan", "label of line 2 is 'nan', neither True nor False"), ("a.png,b.png,1\na.png,b.png,", "line 2: should be"),
+    ("a.png b.png y", "label of line 1 is 'y'"), ("0 a.png 0", "line 1: should be"),
+    # columns that could mean something else
+    ("img1,img2,different\na.png,b.png,1", "its columns are img1, img2, different: two should be images and one, called label or same"),
+    ("img1,img2,distance\na.png,b.png,1", "its columns are img1, img2, distance"), ("img1,img2,label,split\na.png,b.png,1,test", "its columns are img1, img2, label, split"),
+    ("img1,img2\na.png,b.png", "line 1: should be"), ("7 a.png b.png 1\n3 a.png b.png 1", "line 1: should be"),
+    ("a|b|1", "line 1: .* between tabs, commas, semicolons or spaces"), ("a.png,b.png,1\na.png;b.png;1", "line 1: should be"), ('"' + "x"*200_000 + '",b.png,1', "line 1: field larger"),
+    # absolute paths of another machine
+    ("a.png,C:\\faces\\b.png,1", "C:/faces/b.png .*: the list was written where the images lay elsewhere"), ("/gone/a.png b.png 1", "elsewhere"),
+    # lists of faces, and of templates
+    ("p/0.png 0\np/1.png 0\nq/0.png 1\nq/1.png 1", "look like those of subjects"), ("a.png 11\nb.png 11", "up to 11, look like those of subjects"),
+    ("a.png 3\nb.png 2", "line 2: the two images of a pair have the numbers 3 and 2"), ("1 11065 1\n1 11066 0", "it names no images: IJB"), ("1,11\n1,12", "it names no images"),
+    ("ENROLL_TEMPLATE_ID,VERIF_TEMPLATE_ID\n1,2", "it names no images"), ("1.jpg 1 69544\n2.jpg 1 69544", "line 1: 1.jpg is an image"), ("1,1\n2,1\n", "name the folder Protocol/Split/FP")])
 def test_lists_that_do_not_fit(tmp_path, text, says):
     for n in "ab": (tmp_path / f"{n}.png").write_bytes(PNGS[0])
     (tmp_path / "list.txt").write_text(text)
@@ -309,3 +329,130 @@ def test_images_of_any_size_need_one_said(tmp_path):
     with pytest.raises(ValueError, match="12 x 9"): decoded(pair_set("x", [small, small], [True]))
     lazy = PairImages(pair_set("x", PNGS, SAME), threads=2)
     assert len(lazy) == 4 and np.array_equal(lazy[torch.tensor([2, 0, 2])].permute(0, 2, 3, 1).numpy(), PIXELS[[2, 0, 2]])
+
+
+# ---- what people write
+
+@pytest.mark.parametrize("labels", [[1, -1], [1., -1.], [1., -0.], [True, 0], ["1", "0"], ["+1", "-1"], [b"True", b"False"], ["yes", "no"], ["genuine", "impostor"], ["same", "different"], np.array([1, -1]), np.array([True, False])])
+def test_labels_that_mean_yes_and_no(tmp_path, labels):
+    p = opened(tmp_path, pickle.dumps((PNGS, labels)))
+    assert p.issame.tolist() == [True, False]
+
+
+LISTS = {"backslashes": ("pairs.txt", "a\\0.png a\\1.png 1\na\\0.png b\\0.png 0\n"), "semicolons": ("pairs.csv", "img1;img2;label\na/0.png;a/1.png;1\na/0.png;b/0.png;0\n"),
+         "pandas": ("pairs.csv", ",img1,img2,label\n0,a/0.png,a/1.png,1\n1,a/0.png,b/0.png,0\n"), "pandas, renamed": ("pairs.csv", "Unnamed: 0,path1,path2,same\n0,a/0.png,a/1.png,True\n1,a/0.png,b/0.png,False\n"),
+         "pandas, tabs": ("pairs.tsv", "\timg1\timg2\tlabel\n0\ta/0.png\ta/1.png\t1\n1\ta/0.png\tb/0.png\t0\n"),
+         "quotes": ("pairs.csv", '"img1","img2","issame"\n"a/0.png","a/1.png","1"\n"a/0.png","b/0.png","0"\n'), "mark and line ends": ("pairs.csv", "\ufeffimg1,img2,label\r\na/0.png,a/1.png,1\r\na/0.png,b/0.png,0\r\n\r\n"),
+         "R": ("pairs.csv", '"img1","img2","label"\n"1","a/0.png","a/1.png","1"\n"2","a/0.png","b/0.png","0"\n'), "an index without a header": ("pairs.csv", "0,a/0.png,a/1.png,1\n1,a/0.png,b/0.png,0\n"),
+         "pandas, filtered": ("pairs.csv", ",left,right,is_same\n7,a/0.png,a/1.png,1.0\n3,a/0.png,b/0.png,0.0\n"), "label column first": ("pairs.csv", "label,img1,img2\n1,a/0.png,a/1.png\n0,a/0.png,b/0.png\n"),
+         "words": ("pairs.csv", "a/0.png;a/1.png;same\na/0.png;b/0.png;different\n"), "words below a header": ("pairs.txt", "one two answer\na/0.png a/1.png same\na/0.png b/0.png different\n"),
+         "blank lines": ("pairs.CSV", "# written by hand\na/0.png, a/1.png, yes\n\n,,\na/0.png, b/0.png, no\n , , \n"), "spaces in a .csv": ("pairs.csv", "a/0.png a/1.png +1\na/0.png b/0.png -1\n"),
+         "header between tabs": ("pairs.txt", "img1\timg2\tlabel\na/0.png  a/1.png  1\na/0.png  b/0.png  0\n"), "two lines": ("pairs.tsv", "a/0.png\t1\na/1.png\t1\na/0.png\t0\nb/0.png\t0\n"),
+         "label first": ("pairs.txt", "1 a/0.png a/1.png\n-1 a/0.png b/0.png\n")}
+
+@pytest.mark.parametrize("form", LISTS)
+def test_lists_of_pairs_as_people_write_them(tmp_path, form):
+    for name, data in zip(("a/0.png", "a/1.png", "b/0.png"), PNGS):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_bytes(data)
+    name, text = LISTS[form]
+    (tmp_path/name).write_bytes(text.encode())
+    p = open_pairs(tmp_path/name)
+    assert p.issame.tolist() == [True, False] and p.encoded() == [PNGS[0], PNGS[1], PNGS[0], PNGS[2]]
+
+
+@pytest.mark.parametrize("text,name", [
+    ('"x,1.png",b.png,1\n', "x,1.png"), ('"y;2.png";b.png;1\n', "y;2.png"), ("y;2.png,b.png,1\n", "y;2.png"), ("x,1.png b.png 1\n", "x,1.png"),
+    ("x,1.png\tb.png\t1\n", "x,1.png"), ('"z 3.png" b.png 1\n', "z 3.png"), ("z 3.png,b.png,1\n", "z 3.png"), ("z 3.png;b.png;1\n", "z 3.png")])
+def test_marks_in_names(tmp_path, text, name):
+    for n in ("x,1.png", "y;2.png", "z 3.png", "b.png"): (tmp_path/n).write_bytes(n.encode())
+    (tmp_path/"pairs.txt").write_text(text)
+    assert open_pairs(tmp_path/"pairs.txt").encoded() == [name.encode(), b"b.png"]
+
+
+def test_a_first_pair_is_no_header(tmp_path):
+    for n in "abcd": (tmp_path/n).write_bytes(n.encode())
+    (tmp_path/"pairs.txt").write_text("a b same\nc d different\n")                   # same is a column's name, too
+    assert open_pairs(tmp_path).encoded() == [b"a", b"b", b"c", b"d"]
+
+
+def test_calfw_in_its_folds(tmp_path):
+    "As distributed: 3,000 pairs of one person with their fold, then 3,000 of two with 0. Each fold gets both kinds, in order."
+    lines = [f"{kind}{i}{side}.jpg {fold if kind == 's' else 0}" for kind in "sd" for i, fold in enumerate([1, 1, 2, 2, 3, 3]) for side in "ab"]
+    for line in lines: (tmp_path/line.split()[0]).write_bytes(line.split()[0].encode())
+    (tmp_path/"pairs_CALFW.txt").write_text("\r\n".join(lines) + "\r\n\r\n")
+    p = open_pairs(tmp_path/"pairs_CALFW.txt")
+    assert [x.decode()[:2] for x in p.encoded()[::2]] == "s0 s1 d0 d1 s2 s3 d2 d3 s4 s5 d4 d5".split() == [x.decode()[:2] for x in p.encoded()[1::2]]
+    assert p.issame.tolist() == [True, True, False, False] * 3
+    # CPLFW's are 1 and 0, and stay as they come
+    (tmp_path/"pairs_CPLFW.txt").write_text("".join(line.split()[0] + f" {int(line[0] == 's')}\n" for line in lines))
+    assert open_pairs(tmp_path/"pairs_CPLFW.txt").issame.tolist() == [True] * 6 + [False] * 6
+
+
+@pytest.mark.parametrize("text", ["A\t1\t2\nA\t1\tB\t1\n", "A 1 A 2\nA 1 B 1\n", "name,imagenum1,imagenum2,\nA,1,2,\nA,1,B,1\n", "enroll,n1,verify,n2\nA,1,A,2\nA,1,B,1\n",
+                                  ",name,imagenum1,imagenum2,Unnamed: 3\n0,A,1,2,\n1,A,1,B,1\n"])
+def test_names_say_who_is_who_in_lfws_lists(tmp_path, text):
+    for name in ("A/A_0001", "A/A_0002", "B/B_0001"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/f"{name}.jpg").write_bytes(name.encode())
+    (tmp_path/"pairs.csv").write_text(text)
+    p = open_pairs(tmp_path)
+    assert p.issame.tolist() == [True, False] and p.encoded() == [b"A/A_0001", b"A/A_0002", b"A/A_0001", b"B/B_0001"]
+
+
+@pytest.mark.filterwarnings("ignore:cfp_fp. of")
+def test_cfp_as_distributed(tmp_path):
+    for kind, side in ("F", "frontal"), ("P", "profile"):
+        for who in "001", "002":
+            (tmp_path/"Data"/"Images"/who/side).mkdir(parents=True)
+            (tmp_path/"Data"/"Images"/who/side/"01.jpg").write_bytes(f"{who} {side}".encode())
+        (tmp_path/"Protocol").mkdir(exist_ok=True)
+        (tmp_path/"Protocol"/f"Pair_list_{kind}.txt").write_bytes(f"1 ..\\Data\\Images\\001\\{side}\\01.jpg\r\n2 ../Data/Images/002/{side}/01.jpg\r\n".encode())
+    path = tmp_path/"Protocol"/"Split"/"FP"
+    for fold in "01", "02":
+        (path/fold).mkdir(parents=True)
+        (path/fold/"same.txt").write_text("1,1\n2,2\n")
+        (path/fold/"diff.txt").write_text("1,2\n\n2,1\n")
+    p = open_pairs(path)
+    assert p.issame.tolist() == [True, True, False, False] * 2
+    assert p.encoded()[:8] == [b"001 frontal", b"001 profile", b"002 frontal", b"002 profile", b"001 frontal", b"002 profile", b"002 frontal", b"001 profile"]
+    for folder in (tmp_path, tmp_path/"Protocol", path.parent, path/"01"):                  # near by
+        with pytest.raises(FileNotFoundError, match=f"holds no pairs.txt or pairs.csv: name {path}$"): open_pairs(folder)
+    (path/"02"/"diff.txt").write_text("1,9\n")
+    with pytest.raises(ValueError, match="diff.txt, line 1: '1,9' should be two numbers of the lists of images"): open_pairs(path)
+    for name in ("diff.txt", "same.txt"):                                                   # a fold that was not copied whole
+        (path/"02"/name).unlink()
+        with pytest.raises(FileNotFoundError, match="could not read .*02/"): open_pairs(path)
+
+
+@pytest.mark.parametrize("text,says", [
+    ("a b 1\nb a 1\nc c 1\n", "of 3 pairs, 1 of one image twice (the first is pair 2, from 0), 1 listed again (the first is pair 1, from 0): data lint says more"),
+    ("a b 1\na c 0\nb a 0\nc a 0\na b 0\n", "of 5 pairs, 1 listed again (the first is pair 3, from 0), 2 listed again with the other label (the first is pair 2, from 0)"),
+    ("a a 0\n", "of 1 pairs, 1 of one image twice")])
+def test_pairs_that_mislead_are_counted(tmp_path, text, says):
+    for n in "abc": (tmp_path/n).write_bytes(n.encode())
+    (tmp_path/"pairs.txt").write_text(text)
+    with pytest.warns(UserWarning) as said: p = open_pairs(tmp_path)
+    assert len(said) == 1 and f"{tmp_path.name}: {says}" in str(said[0].message) and len(p) == len(text.splitlines())
+
+
+def test_what_could_have_been_meant_in_a_folder_is_named(tmp_path):
+    for name in ("lfw.bin", "African_pairs.txt", "notes.txt"): (tmp_path/name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"name {tmp_path / 'African_pairs.txt'} or {tmp_path / 'lfw.bin'}$"): open_pairs(tmp_path)
+
+
+def test_other_files_in_the_place_of_pairs_are_called_what_they_are(tmp_path):
+    np.savez(tmp_path/"a.npz", x=np.zeros(3))
+    np.save(tmp_path/"a.npy", np.zeros(3))
+    (tmp_path/"a.onnx").write_bytes(b"\x08\x07\x12\x07pytorch\x00")
+    (tmp_path/"a.gz").write_bytes(b"\x1f\x8b\x08\x00")
+    (tmp_path/"a.jpg").write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF")
+    for name, kind in {"a.npz": "NumPy arrays", "a.npy": "a NumPy array", "a.onnx": "an ONNX graph", "a.gz": "a packed file", "a.jpg": "an image"}.items():
+        with pytest.raises(ValueError, match=f"{name} is {kind}.*, not verification pairs: give a .bin file"): open_pairs(tmp_path/name)
+    with open(tmp_path/"huge.rec", "wb") as f:                                               # is not read whole
+        f.write(b"\x0a\x23\xd7\xce")
+        f.truncate(10**11)
+    for name, hint in {"a.gz": "unpack this one first", "a.npy": "by write_bin", "huge.rec": "verify --data"}.items():
+        with pytest.raises(ValueError, match=f"{name} is .*; .*{hint}"): open_pairs(tmp_path/name)
+    (tmp_path/"mine").write_text("a.png b.png 1\n")
+    with pytest.raises(ValueError, match="mine: not a plain pickle.*; the name of a list ends in .txt, .csv or .tsv"): open_pairs(tmp_path/"mine")

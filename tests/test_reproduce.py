@@ -241,7 +241,7 @@ def test_plan_for_another_machine(tmp_path):
     assert rates["denoise"] == pytest.approx(1 / (260 * 20)) and rates["simmat"] == pytest.approx(1e-3) and "embed" not in rates
     assert rates["train"] == pytest.approx(3 * forward_flops(backbone("irse50", 112, 64)) / (2000 * 38e9))
     (tmp_path / "note.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="note.json is not a file of cemiface bench"): bench_rates(paper, [tmp_path / "note.json"])
+    with pytest.raises(ValueError, match="note.json is a text, not a file of cemiface bench: give its JSON"): bench_rates(paper, [tmp_path / "note.json"])
 
 
 def test_paper_profile_says_what_is_missing(tmp_path):

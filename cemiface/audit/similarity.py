@@ -244,7 +244,7 @@ def read_arrays(path:str|Path)->np.ndarray|dict: # the array of a .npy; mu and s
         if isinstance(content, np.ndarray): return content
         with content: return {k: np.asarray(content[k], np.float64) for k in ("mu", "sigma") if k in content}
     except (OSError, ValueError, EOFError, BadZipFile) as e:
-        if kind_of(path).startswith(("a NumPy", "NumPy")): raise ValueError(f"{path} holds no array of numbers ({e}): write features [N,D] with numpy.save") from e
+        if kind_of(path).startswith(("a NumPy", "NumPy")): raise ValueError(f"{path} holds no array of numbers ({'but Python objects' if 'pickle' in str(e) else e}): write features [N,D] with numpy.save") from e
         raise ValueError(mistaken(path, "an array of numbers", "give a file .npy or .npz")) from None
 
 def read_moments(path:str|Path)->tuple[Tensor, Tensor]: # mean [D], covariance [D,D], float64

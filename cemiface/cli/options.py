@@ -20,8 +20,9 @@ import typer
 # %% ../../nbs/cli/01_options.ipynb #08c2cdb5
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
-def _message(error:BaseException)->str: # without "[Errno 28]" where the message says all
-    return error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+def _message(error:BaseException)->str: # without "[Errno 28]"
+    if not (isinstance(error, OSError) and error.strerror): return str(error)
+    return f"{error.filename}: {error.strerror}: check the path and its permissions" if error.filename else error.strerror
 
 def _complain(command:str, error:BaseException):
     "One line on stderr."
@@ -174,6 +175,7 @@ def open_inquiries(source:str, # a folder of loose images, any set of faces, pro
     "One image of each subject; a folder that holds images itself is a set of inquiries, one each. ValueError as `open_faces`."
     import numpy as np
     import torch
+    from cemiface.core.kinds import kind_of, mistaken, NO_FACES
     from cemiface.data.faceset import FaceSet
     from cemiface.data.images import list_loose, read_image
     from cemiface.audit.similarity import read_arrays
@@ -181,6 +183,7 @@ def open_inquiries(source:str, # a folder of loose images, any set of faces, pro
         emb = np.asarray(read_arrays(source))
         if emb.ndim != 2 or not len(emb) or emb.dtype.kind != "f": raise ValueError(f"{source} has the shape {emb.shape} of {emb.dtype}: give one embedding a row, [N,D], of floats")
         return torch.from_numpy(emb[:subjects].astype(np.float32))
+    if not source.startswith("proc:") and kind_of(source) in NO_FACES: raise ValueError(mistaken(source, "inquiry faces", "give a folder of images, or a set of faces"))
     loose, left = ([], []) if source.startswith("proc:") or not Path(source).is_dir() else list_loose(Path(source))
     say_left_out(left)
     loose = loose[:subjects]
@@ -206,6 +209,7 @@ def open_recogniser(recogniser:Path, device:str|None):
 # %% ../../nbs/cli/01_options.ipynb #482d9537
 def open_pipeline(generator:Path|None, device:str, sampler:str|None=None, precision:str|None=None):
     "A pipeline folder, a `train-generator` folder, the shipped one or the shipped baseline; with another sampler or precision."
+    from cemiface.core.kinds import mistaken
     from cemiface.generation.dcface import DCFacePipeline
     from cemiface.generation.pipeline import CemiFacePipeline, place, with_sampler
     from cemiface.generation.shipped import shipped_dcface, shipped_pipeline
@@ -214,8 +218,8 @@ def open_pipeline(generator:Path|None, device:str, sampler:str|None=None, precis
     elif str(generator) == "dcface" and not generator.exists(): pipe = shipped_dcface()
     else:
         folder = generator/"pipeline" if (generator/"pipeline").is_dir() else generator
-        if not (folder/"model_index.json").exists(): raise ValueError(f"{generator} holds no generator (no model_index.json): give a folder made by train-generator")
-        kind = json.loads((folder/"model_index.json").read_bytes()).get("_class_name")
-        pipe = (DCFacePipeline if kind == "DCFacePipeline" else CemiFacePipeline).from_pretrained(folder)
+        if not (folder/"model_index.json").is_file(): raise ValueError(mistaken(generator, "a generator (no model_index.json)", "give a folder made by train-generator, or the word dcface"))
+        kind = (folder/"model_index.json").read_bytes()
+        pipe = (DCFacePipeline if b'"DCFacePipeline"' in kind else CemiFacePipeline).from_pretrained(folder)
     if sampler: pipe = with_sampler(pipe, sampler)
     return place(pipe, device, precision)

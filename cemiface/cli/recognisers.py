@@ -20,7 +20,7 @@ from .options import (BatchSizeOption, change_settings, ChannelsOption, check_la
                                   SubjectsOption, TrackerOption)
 
 # %% ../../nbs/cli/03_recognisers.ipynb #dcc931e5
-BenchmarksOption = Annotated[Optional[str], typer.Option(help="verification sets, with commas: InsightFace .bin files, folders with pairs.txt or .csv")]
+BenchmarksOption = Annotated[Optional[str], typer.Option(help="verification sets, with commas: InsightFace .bin files, lists of pairs (.txt .csv .tsv), folders with one")]
 SkipDamagedOption = Annotated[bool, typer.Option("--skip-damaged", help="leave out pairs with a damaged image, and name them; default: stop at the first")]
 
 def open_benchmarks(names:str|None, skip_damaged:bool)->list:

@@ -9,8 +9,10 @@ __all__ = ['MAX_PAIRS', 'MAX_STEPS', 'MAX_NESTING', 'PAIR_FORMS', 'read_plain_pi
 
 # %% ../../nbs/data/05_pairs.ipynb #2989dfaf
 import codecs
+import csv
 import hashlib
 import io
+import math
 import os
 import pickletools
 import re
@@ -30,7 +32,8 @@ from tqdm.auto import tqdm
 
 from ..core.files import readable, to_text, write_whole
 from ..core.fingerprints import fingerprint_of
-from .images import SUFFIXES, decode_image
+from ..core.kinds import EMPTY, kind_of, mistaken, PACKED, PICKLE, TEXT
+from .images import PICTURES, SUFFIXES, decode_image
 from .recordio import part_of
 
 # %% ../../nbs/data/05_pairs.ipynb #7f01eeac
@@ -130,6 +133,7 @@ def _step(name:str, arg, stack:list, marks:list, memo:dict):
         case "STACK_GLOBAL": item = stack.pop(); stack[-1] = _known(" ".join((stack[-1], item)))
         case "REDUCE": args = stack.pop(); stack[-1] = _call(stack[-1], args)
         case "BUILD": state = stack.pop(); stack[-1].fill(state)
+        case "EMPTY_DICT" | "DICT": raise ValueError("it holds a dictionary, and a verification set is a list of images and a list of same or not")
         case _: raise ValueError(f"it uses {name}, which no verification set needs")
 
 # %% ../../nbs/data/05_pairs.ipynb #f47dff40
@@ -218,21 +222,42 @@ def _image_bytes(
     return pixels_as_bmp(a)
 
 # %% ../../nbs/data/05_pairs.ipynb #13dc5790
-def _labels(items)->list[bool]:
-    "The labels of a `.bin`. ValueError names the first that is no yes or no."
-    items = items.value.ravel().tolist() if isinstance(items, _Array) else items
-    for i, s in enumerate(items):
-        if not isinstance(s, (int, float)) or s not in (0, 1): raise ValueError(f"the label of pair {i} is neither True nor False")
-    return [bool(s) for s in items]
+_WAYS = (("0", "1"), ("-1", "1"), ("false", "true"), ("no", "yes"), ("different", "same"), ("diff", "same"), ("impostor", "genuine"))
+
+def _word(label)->str:
+    "What a label says: numbers alike whatever their type, text in lower case; of anything else its type."
+    if isinstance(label, bytes): label = label.decode("latin-1")
+    if isinstance(label, str): return re.sub(r"^\+|\.0$", "", label.strip().lower())
+    return f"{label + 0:g}" if isinstance(label, float) or isinstance(label, int) and abs(label) < 10**9 else type(label).__name__
+
+def _answers(
+    labels:Sequence,      # P, as stored
+    places:Sequence[str], # P, where each stands, for messages
+)->list[bool]:
+    "Labels as same or not. ValueError names the first that is neither, or says it in another way than those before it."
+    words, ways = [_word(label) for label in labels], _WAYS
+    for i, word in enumerate(words):
+        if ways := [way for way in ways if word in way]: continue
+        said = f"after {' and '.join(map(repr, dict.fromkeys(words[:i])))}" if i and any(word in way for way in _WAYS) else "neither True nor False"
+        raise ValueError(f"the label of {places[i]} is {word[:20]!r}, {said}: labels are 1 and 0, 1 and -1, True and False, yes and no, same and different, genuine and impostor, one of these throughout")
+    return [word == ways[0][1] for word in words]
+
+# %% ../../nbs/data/05_pairs.ipynb #13dc5791
+def _images_and_labels(content)->tuple[list, list]: # as stored
+    "The two lists of a `.bin`. ValueError says what it holds instead."
+    parts = content if isinstance(content, (tuple, list)) else [content]
+    if len(parts) != 2 or not all(isinstance(part, (tuple, list, _Array)) for part in parts):
+        kinds = [type(part).__name__.strip("_").lower() for part in parts[:3]]
+        raise ValueError(f"it holds {' and '.join(kinds) or 'nothing'}{' ...' * (len(parts) > 3)}, not one of (list of images, list of same or not), as write_bin of cemiface.data.pairs makes it")
+    images, labels = (part.items() if isinstance(part, _Array) else part for part in parts)
+    if len(images) > 2*MAX_PAIRS: raise ValueError(f"{len(images)} images, more than those of {MAX_PAIRS} pairs")
+    if images and isinstance(images[0], (int, float)): raise ValueError("its first list holds numbers: the images come first, and same or not second")
+    return images, parts[1].value.ravel().tolist() if isinstance(parts[1], _Array) else labels
 
 def _bin_pairs(path:Path, name:str)->PairSet:
     "The pairs in a `.bin`."
     data = path.read_bytes()
-    content = read_plain_pickle(data)
-    if not isinstance(content, (tuple, list)) or len(content) != 2 or not all(isinstance(part, (tuple, list, _Array)) for part in content):
-        raise ValueError("a plain pickle, but not one of (list of images, list of same or not)")
-    images = content[0].items() if isinstance(content[0], _Array) else content[0]
-    if len(images) > 2*MAX_PAIRS: raise ValueError(f"{len(images)} images, more than those of {MAX_PAIRS} pairs")
+    images, labels = _images_and_labels(read_plain_pickle(data))
     encoded, total = {}, 0
     for k, item in enumerate(images):
         if id(item) in encoded: continue
@@ -240,95 +265,171 @@ def _bin_pairs(path:Path, name:str)->PairSet:
         except ValueError as e: raise ValueError(f"image {k} (pair {k // 2}) {e}") from e
         total += len(encoded[id(item)])
         if total > 2 * len(data): raise ValueError(f"image {k} (pair {k // 2}) is cut from bytes that other images have used: more comes out than the file holds")
-    return pair_set(name, [encoded[id(item)] for item in images], _labels(content[1]), [f"{path}, image {k}" for k in range(len(images))])
+    return pair_set(name, [encoded[id(item)] for item in images], _answers(labels, [f"pair {i}" for i in range(len(labels))]), [f"{path}, image {k}" for k in range(len(images))])
 
 # %% ../../nbs/data/05_pairs.ipynb #e8c1d2eb
+def _cells(
+    text:str, # of a list
+)->list[tuple[int, list[str]]]: # number and cells of each line that is neither empty nor a comment
+    "Cells between tabs, commas or semicolons, whichever most lines have two of, or one before a last number; else between spaces."
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip(" \t,;") and not line.startswith("# ")]
+    plain = [re.sub('"[^"]*"', "", line) for _, line in lines[1:] or lines] # the first line may be another
+    def most(form): return 2*sum(bool(re.search(form, line)) for line in plain) > len(plain)
+    mark = next((m for form in ("{0}.*{0}", r"{0}\s*[+-]?\d+\s*$") for m in "\t,;" if most(form.format(m))), None)
+    rows = []
+    for n, line in lines:
+        line = line.rstrip().rstrip(mark)
+        try: cells = next(csv.reader([line], delimiter=mark or " ", skipinitialspace=True)) if '"' in line else line.split(mark)
+        except csv.Error as e: raise ValueError(f"line {n}: {e}") from None
+        rows.append((n, [cell.strip() for cell in cells]))
+    return rows
+
+
+# %% ../../nbs/data/05_pairs.ipynb #e8c1d2ec
+_SAME = re.compile(r"(is[ _]?)?(same|match|genuine)([ _]?(person|identity|subject))?|labels?|target|answer|y")
+_INDEX = re.compile(r"(unnamed: ?\d+|index|idx|id|pair|pair[ _]?id|no|#)?")
+
+def _is_lfw(cells:list[str])->bool: return len(cells) in (3, 4) and cells[1].isdecimal() and cells[-1].isdecimal()
+
+def _header(
+    rows:list, # as of `_cells`
+)->list[str]: # in lower case; empty if the first line is a pair
+    "The names of columns: words, of which one says same or not, or which stand above names of images, or LFW's names and numbers."
+    head, below = ([cell.lower() for cell in cells] for _, cells in [*rows, (0, [])][:2])
+    words = {word for way in _WAYS[4:] for word in way}    # same and different stand in lines of pairs, too
+    for k, cell in enumerate(head):
+        if re.fullmatch(r"[+-]?\d+(\.\d+)?|.*[/\\,;].*", cell) or cell.endswith(PICTURES) or {cell, *below[k:k+1]} <= words: return []
+    return head if any(map(_SAME.fullmatch, head)) or _is_lfw(below) or _is_lfw(below[1:]) or any(cell.endswith(PICTURES) for cell in below) else []
+
+def _without_index(
+    head:list[str], # as of `_header`
+    rows:list,      # below it
+)->tuple[list[str], list]: # the same
+    "Columns without the numbers that pandas and R write before every row."
+    first, count = [cells[0] for _, cells in rows], range(len(rows) + 1)
+    if any(len(cells) < 4 or not cells[0].isdecimal() or cells[1].isdecimal() for _, cells in rows): return head, rows
+    counted = first in ([str(i) for i in count[:-1]], [str(i) for i in count[1:]]) and not (head and _SAME.fullmatch(head[0]))
+    if not counted and not (head and (_INDEX.fullmatch(head[0]) or len(head) < len(rows[0][1]))): return head, rows
+    return head[len(head) == len(rows[0][1]):], [(n, cells[1:]) for n, cells in rows]
+
+# %% ../../nbs/data/05_pairs.ipynb #e8c1d2ed
+def _image(root:Path, cell:str)->Path: return root / cell.replace("\\", "/")
+
 def _photo(root:Path, subject:str, number:str)->Path:
     "LFW's file of a photo of a subject, whatever its suffix."
     stem = root / subject / f"{subject}_{int(number):04d}"
     return next((p for s in SUFFIXES if (p := stem.with_name(stem.name + s)).exists()), stem.with_name(stem.name + SUFFIXES[0]))
 
-_ANSWERS = dict.fromkeys(("1", "+1", "1.0", "true", "same", "yes"), True) | dict.fromkeys(("0", "-1", "0.0", "-1.0", "false", "different", "diff", "no"), False)
+_TEMPLATES = "IJB's lists are of templates, which are sets of photos, and pairs of single images are read: write IMAGE IMAGE 0|1"
 
-_TITLE = re.compile(r"(image|img|path|file|filename|photo|name|imagenum|person|identity|subject|label|same|is_?same|match|target)?[ _]?[\dabxy]?")
+def _lfw_lines(root:Path, rows:list)->tuple[list[Path], list[str], list[str]]: # as of `_read_list`
+    "LFW's way: NAME N1 N2 for two photos of one person, NAME N1 NAME N2. ValueError names the line that does not fit."
+    files, labels = [], []
+    for n, cells in rows:
+        if not _is_lfw(cells): raise ValueError(f"line {n}: should be NAME N1 N2 or NAME N1 NAME N2")
+        if cells[0].lower().endswith(PICTURES): raise ValueError(f"line {n}: {cells[0]} is an image, and stands where numbers of photos follow a person's name; {_TEMPLATES}")
+        other = cells[2] if len(cells) == 4 else cells[0]
+        files += [_photo(root, *cells[:2]), _photo(root, other, cells[-1])]
+        labels.append(str(int(other == cells[0])))
+    return files, labels, [f"line {n}" for n, _ in rows]
 
-def _list_line(root:Path, fields:list[str], classic:bool)->tuple[Path, Path, bool]:
-    "The two images and the label of a line. ValueError if it has another form."
-    if len(fields) == 3 and fields[1].isdecimal() and fields[2].isdecimal(): return _photo(root, *fields[:2]), _photo(root, fields[0], fields[2]), True
-    if len(fields) == 4 and fields[1].isdecimal() and fields[3].isdecimal(): return _photo(root, *fields[:2]), _photo(root, *fields[2:]), False
-    if classic: raise ValueError("should be NAME N1 N2 or NAME N1 NAME N2")
-    last, first = (_ANSWERS.get(fields[k].lower()) if len(fields) == 3 else None for k in (2, 0))
-    if last is not None: return root / fields[0], root / fields[1], last
-    if first is not None: return root / fields[1], root / fields[2], first
-    raise ValueError("should be IMAGE IMAGE 0|1 (or True|False, -1|1, label first), NAME N1 N2, or NAME N1 NAME N2")
-
-def _two_lines(root:Path, rows:list[tuple[int, list[str]]])->tuple[list[Path], list[bool]]: # as of `_read_list`
-    "CALFW's and CPLFW's way: a line IMAGE NUMBER for each image, two a pair. ValueError names the line that does not fit."
-    for n, fields in rows:
-        if len(fields) != 2 or not re.fullmatch(r"[+-]?\d+", fields[1]): raise ValueError(f"line {n}: should be IMAGE NUMBER, two lines a pair, as the first line is")
+# %% ../../nbs/data/05_pairs.ipynb #e8c1d2ee
+def _two_lines(root:Path, rows:list)->tuple[list[Path], list[str], list[str]]: # as of `_read_list`
+    "CALFW's and CPLFW's way: a line IMAGE NUMBER for each image, two a pair. ValueError names the line that does not fit, or says that the numbers are of subjects."
+    for n, cells in rows:
+        if len(cells) != 2 or not re.fullmatch(r"[+-]?\d+", cells[1]): raise ValueError(f"line {n}: should be IMAGE NUMBER, two lines a pair, as the first line is")
+    images, numbers = [_image(root, cells[0]) for _, cells in rows], [int(cells[1]) for _, cells in rows]
+    # a list of faces has the same form, and a folder for each number, or more numbers than there are folds
+    folders = set(zip(numbers, (image.parent for image in images)))
+    if max(numbers) > 10 or len(set(numbers)) == len(folders) == len({folder for _, folder in folders}) > 1:
+        raise ValueError(f"its numbers, up to {max(numbers)}, look like those of subjects (of pairs: 0 is different, and 1 to 10 are the folds of the same): a list of faces is for --data")
     if len(rows) % 2: raise ValueError(f"line {rows[-1][0]}: the last pair has no second image: get the list again")
-    numbers = [int(fields[1]) for _, fields in rows]
     for (n, _), a, b in zip(rows[1::2], numbers[::2], numbers[1::2]):
         if a != b: raise ValueError(f"line {n}: the two images of a pair have the numbers {a} and {b}: they should be the same")
-    return [root / fields[0] for _, fields in rows], [number > 0 for number in numbers[::2]]
+    # CALFW lists all pairs of the same first: those of different persons share in its folds in order
+    numbers, order = numbers[::2], range(len(rows) // 2)
+    if (folds := max(numbers)) > 1:
+        different = [i for i in order if numbers[i] <= 0]
+        fold = {i: 1 + k * folds // len(different) for k, i in enumerate(different)}
+        order = sorted(order, key=lambda i: fold.get(i, numbers[i]))
+    return [images[k] for i in order for k in (2*i, 2*i + 1)], [str(min(numbers[i], 1)) for i in order], [f"line {rows[2*i][0]}" for i in order]
+
+# %% ../../nbs/data/05_pairs.ipynb #e8c1d2ef
+def _own_lines(root:Path, head:list[str], rows:list)->tuple[list[Path], list[str], list[str]]: # as of `_read_list`
+    "Everybody's own: IMAGE IMAGE LABEL, LABEL IMAGE IMAGE, or as a header says. ValueError names the columns, or the line that does not fit."
+    first, answers = rows[0][1], {word for way in _WAYS for word in way}
+    same = [k for k, name in enumerate(head) if _SAME.fullmatch(name)] if head else [k for k in (0, 2) if len(first) == 3 and _word(first[k]) in answers] or [2]
+    if head and (len(head) != 3 or len(same) != 1): raise ValueError(f"its columns are {', '.join(head)}: two should be images and one, called label or same, say 1 or 0: rename it, and remove the others")
+    for n, cells in rows:
+        if len(cells) != 3 or len(same) != 1:
+            raise ValueError(f"line {n}: should be IMAGE IMAGE 0|1 (or True|False, -1|1, label first), NAME N1 N2, or NAME N1 NAME N2, between tabs, commas, semicolons or spaces")
+    files = [_image(root, cell) for _, cells in rows for k, cell in enumerate(cells) if k != same[0]]
+    return files, [cells[same[0]] for _, cells in rows], [f"line {n}" for n, _ in rows]
 
 # %% ../../nbs/data/05_pairs.ipynb #cba62120
 def _read_list(
     path:Path, # the list
     root:Path, # images are found from this folder
-)->tuple[list[Path], list[bool]]: # 2P files, P labels
+)->tuple[list[Path], list[str], list[str]]: # 2P files, P labels, where each pair stands
     "Read a pairs file. ValueError names the line that does not fit, or the encoding that is not UTF-8."
-    lines = to_text(path.read_bytes()).splitlines()
-    mark = "\t" if "\t" in "".join(lines) else "," if path.suffix == ".csv" or all("," in line for line in lines if line.strip()) else None
-    rows = [(n, [f.strip() for f in l.strip().rstrip(mark).split(mark)]) for n, l in enumerate(lines, 1) if l.strip()]
+    rows = _cells(to_text(path.read_bytes()))
+    if not rows: raise ValueError("it names no pair")
+    # lists of templates hold numbers only
+    top, widths = rows[0][1], {len(cells) for _, cells in rows}
+    numbers = len(rows) > 1 and all(cell.isdecimal() for _, cells in rows for cell in cells)
+    if numbers and (widths == {2} or widths == {3} and {cells[2] for _, cells in rows} <= {"0", "1"}) or any(cell.lower().endswith("template_id") for cell in top):
+        raise ValueError(f"it names no images: {_TEMPLATES}; of CFP, name the folder Protocol/Split/FP or FF")
     # the first line: LFW's numbers, names of columns, or a pair
-    head = rows[0][1] if rows else []
-    classic = 0 < len(head) <= 2 and all(f.isdecimal() for f in head)
-    titles = all(_TITLE.fullmatch(f.lower()) and not f.isdecimal() for f in head)
-    rows = rows[classic or titles:]
-    if not classic and rows and len(rows[0][1]) == 2 and rows[0][1][1].lstrip("+-").isdecimal(): return _two_lines(root, rows)
-    files, issame = [], []
-    for n, fields in rows:
-        try: a, b, same = _list_line(root, fields, classic)
-        except ValueError as e: raise ValueError(f"line {n}: {e}") from e
-        files += [a, b]
-        issame.append(same)
-    if classic and len(head) == 2 and len(issame) != 2 * int(head[0]) * int(head[1]):
-        raise ValueError(f"its first line promises {head[0]} folds of 2 x {head[1]} pairs, but {len(issame)} follow")
-    return files, issame
+    classic = len(top) <= 2 and all(cell.isdecimal() for cell in top)
+    head = [] if classic else _header(rows)
+    rows = rows[bool(classic or head):]
+    if not rows: raise ValueError("it names no pair")
+    head, rows = _without_index(head, rows)
+    if classic and len(rows) != (promised := 2 * math.prod(map(int, top))): raise ValueError(f"its first line, {' '.join(top)}, promises {promised} pairs, but {len(rows)} follow")
+    # all lines have the form of the first
+    first = rows[0][1]
+    if classic or _is_lfw(first) and not any(map(_SAME.fullmatch, head)): return _lfw_lines(root, rows)
+    if not head and len(first) == 2 and re.fullmatch(r"[+-]?\d+", first[1]): return _two_lines(root, rows)
+    return _own_lines(root, head, rows)
 
 # %% ../../nbs/data/05_pairs.ipynb #6b04021a
 def _read_cfp(
     path:Path,        # Protocol/Split/FP or FF
     images:Path|None, # a folder 001/frontal/01.jpg; None: where the lists of images say
-)->tuple[list[Path], list[bool]]: # as of `_read_list`
+)->tuple[list[Path], list[str], list[str]]: # as of `_read_list`
     "Read CFP's folds. ValueError names file and line that do not fit."
     lists = []
     for kind in "FP" if path.name == "FP" else "FF":
         source = path.resolve().parent.parent / f"Pair_list_{kind}.txt"
         rows = [line.split() for line in to_text(source.read_bytes()).splitlines() if line.strip()]
-        try: lists.append({int(n): images / Path(*Path(p.replace("\\", "/")).parts[-3:]) if images else source.parent / p.replace("\\", "/") for n, p in rows})
+        try: lists.append({int(n): images / Path(*Path(p.replace("\\", "/")).parts[-3:]) if images else _image(source.parent, p) for n, p in rows})
         except ValueError: raise ValueError(f"{source} should have a line NUMBER IMAGE for each image") from None
-    files, issame = [], []
-    for fold in sorted(path.glob("*/same.txt")):
-        for part, same in ((fold, True), (fold.with_name("diff.txt"), False)):
+    files, labels, places = [], [], []
+    for fold in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        for part, same in ((fold / "same.txt", "1"), (fold / "diff.txt", "0")):
             for n, line in enumerate(to_text(part.read_bytes()).splitlines(), 1):
                 if not line.strip(): continue
-                try: a, b = (photos[int(k)] for photos, k in zip(lists, line.split(","), strict=True))
-                except (ValueError, KeyError): raise ValueError(f"{part}, line {n}: should be two numbers of the lists of images, with a comma") from None
-                files += [a, b]
-                issame.append(same)
-    return files, issame
+                try: files += [photos[int(k)] for photos, k in zip(lists, line.split(","), strict=True)]
+                except (ValueError, KeyError): raise ValueError(f"{part}, line {n}: {line.strip()[:40]!r} should be two numbers of the lists of images, with a comma") from None
+                labels.append(same)
+                places.append(f"{part}, line {n}")
+    return files, labels, places
 
 def _list_pairs(path:Path, name:str, images:Path|None)->PairSet:
     "The pairs of a list, each file read once."
-    files, issame = _read_cfp(path, images) if path.is_dir() else _read_list(path, images or path.parent)
-    missing = [k for k, f in enumerate(files) if not f.is_file()]
-    if missing: raise ValueError(f"{len(missing)} images are missing, the first is {files[missing[0]]} (pair {missing[0] // 2}): put them there, or name the folder they start from, data convert {path} NAME.bin --images DIR")
+    root = images or path.parent
+    files, labels, places = _read_cfp(path, images) if path.is_dir() else _read_list(path, root)
+    issame, missing = _answers(labels, places), [k for k, f in enumerate(files) if not f.is_file()]
+    if missing:
+        first = files[missing[0]]
+        elsewhere = not path.is_dir() and (not first.is_relative_to(root) or str(first.relative_to(root))[1:3] == ":/")
+        raise ValueError(f"{len(missing)} of {len(files)} images are missing, the first is {first} ({places[missing[0] // 2]}): " + (
+            "the list was written where the images lay elsewhere: cut its paths down to what lies below the images' folder" if elsewhere else
+            f"put them there, or name the folder they start from, data convert {path} NAME.bin --images DIR"))
     data = {f: f.read_bytes() for f in dict.fromkeys(files)}
     return pair_set(name, [data[f] for f in files], issame, [str(f) for f in files])
 
-# %% ../../nbs/data/05_pairs.ipynb #c3a7a7de
+# %% ../../nbs/data/05_pairs.ipynb #c3a7a7dd
 _LISTS = (".txt", ".csv", ".tsv")
 PAIR_FORMS = []     # of later notebooks: (is a path pairs of this form?, open them as a `PairSet`)
 
@@ -339,26 +440,56 @@ def is_pairs(
 )->bool:
     "Does this name verification pairs, rather than a labelled set?"
     path = Path(source)
-    listed = "pairs" in path.stem.lower() and path.suffix in _LISTS and not path.is_dir()
-    return path.suffix == ".bin" or listed or any((path / f"pairs{s}").is_file() for s in _LISTS) or _is_cfp(path) or any(is_one(path) for is_one, _ in PAIR_FORMS)
+    listed = "pairs" in path.stem.lower() and path.suffix.lower() in _LISTS and not path.is_dir()
+    return path.suffix.lower() == ".bin" or listed or any((path / f"pairs{s}").is_file() for s in _LISTS) or _is_cfp(path) or any(is_one(path) for is_one, _ in PAIR_FORMS)
 
+_GIVE = "give a .bin file, a list of pairs (.txt .csv .tsv), or a folder with pairs.txt in it"
+_HINTS = {(PACKED,): "; unpack this one first", ("a NumPy", "NumPy"): "; arrays of images and labels become one by write_bin of cemiface.data.pairs",
+    ("a record file", "a tar file", "a Parquet", "an Arrow", "an LMDB"): "; a labelled set goes to verify --data, which draws pairs"}
+
+def _check_kind(path:Path):
+    "ValueError for a file that is known to be something else than a `.bin`, before all of it is read."
+    kind = kind_of(path)
+    if kind not in ("", EMPTY, PICKLE, TEXT): raise ValueError(mistaken(path, "verification pairs", _GIVE + next((hint for starts, hint in _HINTS.items() if kind.startswith(starts)), "")))
+
+def _folder_list(path:Path)->Path:
+    "The list in a folder. FileNotFoundError names what could have been meant."
+    if lists := [p for s in _LISTS if (p := path / f"pairs{s}").is_file()]: return lists[0]
+    near = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (*_LISTS, ".bin") and is_pairs(p))
+    near += [p for p in (*path.glob("Protocol/Split/F[PF]"), *path.glob("Split/F[PF]"), *path.glob("F[PF]"), path.parent) if _is_cfp(p)]
+    raise FileNotFoundError(f"{path} holds no pairs.txt or pairs.csv: " + (f"name {' or '.join(map(str, near[:3]))}" if near else "give a .bin file, or a folder with a list of its pairs; a labelled set goes to verify --data, which draws pairs"))
+
+# %% ../../nbs/data/05_pairs.ipynb #c3a7a7dc
+def _warn_of_odd(pairs:PairSet)->PairSet: # the same
+    "Count in a warning the pairs that can only mislead: of one image, repeated, or both same and different."
+    first, alone, again, opposed = {}, [], [], []
+    for i, (couple, same) in enumerate(zip(pairs.index.view(-1, 2).sort(1).values.tolist(), pairs.issame.tolist())):
+        k, before = first.setdefault(tuple(couple), (i, same))
+        if couple[0] == couple[1]: alone.append(i)
+        if k != i: (again if same == before else opposed).append(i)
+    found = {"of one image twice": alone, "listed again": again, "listed again with the other label": opposed}
+    lines = [f"{len(numbers)} {what} (the first is pair {numbers[0]}, from 0)" for what, numbers in found.items() if numbers]
+    if lines: warnings.warn(f"{pairs.name}: of {len(pairs)} pairs, {', '.join(lines)}: data lint says more", stacklevel=3)
+    return pairs
+
+# %% ../../nbs/data/05_pairs.ipynb #c3a7a7de
 def open_pairs(
     source:str|Path, # a .bin file; a list of pairs (.txt, .csv, .tsv); a folder that holds pairs.txt or pairs.csv; CFP's folds; a further form
     images:str|Path|None=None, # the folder that a list's images start from; None: its own
 )->PairSet:
-    "Open verification pairs. Nothing in the file is run. ValueError or OSError names the file, what is wrong with it and what to do."
+    "Open verification pairs. Nothing in the file is run; odd pairs are counted in a warning. ValueError or OSError names the file, what is wrong with it and what to do."
     path, images = Path(source), None if images is None else Path(images)
     name = readable(path.stem) if path.is_file() else f"cfp_{path.name.lower()}" if _is_cfp(path) else readable(path.name)
-    if form := next((opened for is_one, opened in PAIR_FORMS if is_one(path)), None): return form(path)
-    if path.is_dir() and not _is_cfp(path):
-        lists = [p for s in _LISTS if (p := path / f"pairs{s}").is_file()]
-        if not lists: raise FileNotFoundError(f"{path} holds no pairs.txt or pairs.csv: give a .bin file, or a folder with a list of its pairs")
-        path = lists[0]
-    listed = path.suffix in _LISTS or path.is_dir()
+    if form := next((opened for is_one, opened in PAIR_FORMS if is_one(path)), None): return _warn_of_odd(form(path))
+    if path.is_dir() and not _is_cfp(path): path = _folder_list(path)
+    listed = path.suffix.lower() in _LISTS or path.is_dir()
     if images and not (listed and images.is_dir()): raise ValueError(f"{path}: images={images}: " + ("there is no such folder" if listed else "only a list has its images elsewhere, leave them out"))
-    try: return _list_pairs(path, name, images) if listed else _bin_pairs(path, name)
+    if not listed: _check_kind(path)
+    try: return _warn_of_odd(_list_pairs(path, name, images) if listed else _bin_pairs(path, name))
     except OSError as e: raise OSError(e.errno, f"could not read {e.filename or path} ({e.strerror}): check the path and its permissions") from e
-    except ValueError as e: raise ValueError(f"{path}: {e}; {'correct the list' if listed else 'get the file again from its source'}") from e
+    except ValueError as e:
+        remedy = "correct the list" if listed else "get the file again from its source" + "; the name of a list ends in .txt, .csv or .tsv" * (kind_of(path) == TEXT)
+        raise ValueError(f"{path}: {str(e).removeprefix(f'{name}: ')}; {remedy}") from e
 
 # %% ../../nbs/data/05_pairs.ipynb #b55a4f12
 def write_bin(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..core.files import read_text, readable, write_whole
 from ..core.fingerprints import fingerprint_of, remembered
+from ..core.kinds import kind_of, mistaken, NO_FACES
 from .images import list_folder, natural_key, PICTURES, SUFFIXES
 from .recordio import RecordFile
 
@@ -324,7 +325,7 @@ def open_encoded(
     if not form and not path.exists(): raise FileNotFoundError(f"there is no {path}: check the path; a set is a record file, a folder of subjects, or a list file")
     if path.is_file() and path.suffix.lower() in ARCHIVES: raise ValueError(f"{path} is packed: unpack it, and name the folder or file that comes out")
     if path.is_file() and not form and path.suffix.lower() not in (".rec", *LIST_SUFFIXES):
-        raise ValueError(f"{path}: a set is a .rec file, a list (.txt .csv .tsv .lst), a .tar, .parquet or .lmdb file, or a folder: name one of them")
+        raise ValueError(mistaken(path, "a set of faces", "a set is a .rec file, a list (.txt .csv .tsv .lst), a .tar, .parquet or .lmdb file, or a folder, name one of them"))
     record, named = find_record(path), find_list(path) if path.is_dir() else path
     if record or named and path.is_dir(): form = None
     if depth and (record or form or named): raise ValueError(f"{path}: a depth is for nested folders, and this is {record or named or path}: leave --depth out")
@@ -337,6 +338,7 @@ def open_encoded(
         beside = unread_lists(path) if path.is_dir() else []
         try: paths, labels, subjects, left = list_folder(path, depth)
         except ValueError as e:
+            if kind_of(path) in NO_FACES: raise ValueError(mistaken(path, "a set of faces", "give a folder SUBJECT/NAME of images, or another set")) from None
             if beside: raise ValueError(f"{e}; or name the list that lies there, {beside[0]}") from None
             raise
         encoded = Encoded(name_of(path), labels, subjects, Files(path, [p.relative_to(path).as_posix() for p in paths]), np.arange(len(paths)), [line for lines in left.values() for line in lines])

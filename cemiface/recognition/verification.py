@@ -43,7 +43,7 @@ def _fold_index(pairs:int, # number of pairs P
     folds:int=10,
 )->np.ndarray: # [P] fold of each pair
     "Contiguous folds in file order; the first P mod folds of them hold one pair more. ValueError if there are fewer pairs than folds."
-    if not 2 <= folds <= pairs: raise ValueError(f"{pairs} pairs cannot be cut into {folds} folds: give at least 2 folds and one pair for each")
+    if not 2 <= folds <= pairs: raise ValueError(f"{pairs} pairs cannot be cut into {folds} folds: add pairs, one for each fold at least")
     return np.repeat(np.arange(folds), pairs // folds + (np.arange(folds) < pairs % folds))
 
 def _check_kinds(issame:np.ndarray): # [P] bool

@@ -204,6 +204,7 @@ def start_share(out:Path, # the set's folder
                 **notes, # recorded, not compared; `environment` is added to a list
             )->None:
     "Start a share of a set, or go on with it. ValueError if the folder holds something else or a set of another configuration or division."
+    if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose a new folder")
     used = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
     before, path = notes_of(out), out/".shares"/f"{share_name(shard)}.json"
     if used and not before:
@@ -266,7 +267,7 @@ def share_lines(out:Path)->Iterator[list]: # file, checksum; in the set's order
     whole = [n for n, shares in lacking.items() if not shares]
     if not whole:
         left = [f"{s + 1}/{n}" for n, shares in lacking.items() for s in shares]
-        state = f"{len(left)} shares are not finished, the first is {left[0]}" if left else "no share was started"
+        state = f"{len(left)} share{'s are' if len(left) > 1 else ' is'} not finished, the first is {left[0]}" if left else "no share was started"
         raise ValueError(f"{out} is not complete: {state}: draw them by --share, then cemiface set merge {out}")
     return (line.rsplit(",", 1) for s in range(whole[0])
             for line in (out/".shares"/f"{share_name((s, whole[0]))}.csv").read_text().splitlines())

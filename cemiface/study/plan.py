@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.files import write_whole
+from ..core.kinds import mistaken
 from ..core.machine import chosen_precision, default_device
 from ..core.report import duration
 from ..world.worlds import draw_world
@@ -85,8 +86,11 @@ def bench_rows(files)->list[tuple[str, dict]]: # part, one of its measurements
     "What the JSON files of `cemiface bench` hold. ValueError for a file that is none."
     measured = []
     for path in files:
-        try: measured += [(part, row) for part, rows in json.loads(Path(path).read_text()).items() if isinstance(rows, list) for row in rows if "images_per_s" in row]
-        except (ValueError, AttributeError, TypeError): raise ValueError(f"{path} is not a file of cemiface bench: give its JSON") from None
+        try:
+            parts = {part: rows for part, rows in json.loads(Path(path).read_bytes()).items() if isinstance(rows, list)}
+            measured += [(part, row) for part, rows in parts.items() for row in rows if "images_per_s" in row]
+        except (OSError, ValueError, AttributeError, TypeError): parts = {}
+        if not parts: raise ValueError(mistaken(path, "a file of cemiface bench", "give its JSON"))
     return measured
 
 def bench_rates(profile:Profile, files)->dict[str, float]:
