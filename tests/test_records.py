@@ -759,7 +759,7 @@ def test_a_list_that_says_what_the_folders_say_is_passed_over(tmp_path):
 def test_an_unfinished_set_is_no_set(tmp_path, faces, name):
     out = tmp_path/"set"
     convert(faces, out, "folder" if name.endswith("txt") or not name else "records")
-    if name.endswith("txt"): write_list(out/name, open_encoded(out) if name != "list.txt" else open_encoded(out))
+    if name.endswith("txt"): write_list(out/name, open_encoded(out))
     (out/".shares").mkdir()
     for act in (lambda: open_encoded(out/name), lambda: lint(out/name), lambda: convert(out/name, tmp_path/"copy")):
         with pytest.raises(ValueError, match="set is a set that is not whole yet: give the command again that began it, or cemiface set merge"): act()
