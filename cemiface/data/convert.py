@@ -19,7 +19,7 @@ from ..core.files import readable, write_whole
 from ..core.fingerprints import check_unchanged
 from .images import decode_image, encode_image, images_in
 from .recordio import part_of, RecordWriter
-from .records import Encoded, files_of, open_encoded, set_fingerprint, write_list
+from .records import ARCHIVES, Encoded, files_of, open_encoded, set_fingerprint, write_list
 
 # %% ../../nbs/data/04_convert.ipynb #8f03bb99
 def suffix_of(
@@ -82,7 +82,7 @@ def side_of(encoded:Encoded)->int: # pixels
         except (ValueError, OSError) as e: why = e
     raise ValueError(f"{encoded.name}: no image can be decoded, the last one because of {why}")
 
-FILES = (".rec", ".tar", ".parquet", ".arrow", ".lmdb", ".mdb", ".zip", ".gz", ".tgz", ".npz", ".npy", ".bin") # a set is a folder
+FILES = (".rec", ".tar", ".parquet", ".arrow", ".lmdb", ".mdb", ".npz", ".npy", ".bin", *ARCHIVES) # a set is a folder
 WRITERS = {}    # of later notebooks: form -> (folder, set, resume) -> writer
 
 def open_writer(
