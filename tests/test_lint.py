@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -16,7 +17,7 @@ from cemiface.data.convert import convert
 from cemiface.data.images import encode_image, write_folder
 from cemiface.core.files import write_whole
 from cemiface.data.lint import RULES, Report, copies, label_gaps, lint, look, look_all, string_sorted
-from cemiface.data.pairs import write_bin
+from cemiface.data.pairs import open_pairs, write_bin
 from cemiface.data.recordio import RecordWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -112,6 +113,15 @@ def test_pairs_on_which_nothing_can_be_measured(tmp_path, same, rules):
     write_bin(tmp_path/"x.bin", [encode_image(skin(i)) for i in range(2*len(same))], same)
     assert found(tmp_path/"x.bin") == rules
     assert lint(tmp_path/"x.bin").ok == (rules == {"uneven kinds": 1})
+
+
+def test_folds_of_one_kind(tmp_path):
+    images = [encode_image(skin(i)) for i in range(240)]
+    for name, same, folds in (("in blocks", [True]*60+[False]*60, 10), ("in turn", [True, False]*60, 0), ("one tenth", [True]*12+[True, False]*54, 1)):
+        write_bin(tmp_path/f"{name}.bin", images, same)
+        assert found(tmp_path/f"{name}.bin").get("folds of one kind", 0) == folds
+        with warnings.catch_warnings(record=True) as said: warnings.simplefilter("always"), open_pairs(tmp_path/f"{name}.bin")
+        assert [f"{name}: {folds} of the ten folds hold one kind" in str(w.message) for w in said] == [True]*bool(folds)
 
 
 def test_a_damaged_record_file(tmp_path):

@@ -25,7 +25,7 @@ from cemiface.generation.standalone import standalone
 from cemiface.generation.calibration import calibrate, sample_embeddings
 from cemiface.generation.diffusion import SAMPLERS, ddim_scheduler, image_size, predict
 from cemiface.generation.conditioning import identity_embedding
-from cemiface.generation.shipped import shipped_pipeline
+from cemiface.generation.shipped import WEIGHTS, shipped_pipeline
 from cemiface.world.worlds import draw_world
 from cemiface.generation.diffusion import noise_scheduler
 
@@ -342,6 +342,31 @@ def test_diffusers_loads_the_folder_without_this_package(given, tmp_path):
     for name in ("pipeline.py", "conditioner/cemiface.py", "recogniser/cemiface.py", "README.md"):
         assert (tmp_path/"twice"/name).read_text().replace("UniPCMultistep", "DDIM") == (tmp_path/name).read_text()
     with pytest.raises(ValueError, match="trust_remote_code"): diffusers.DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path))
+
+
+SHIPPED = """
+import sys
+sys.modules["cemiface"] = None
+import torch, diffusers
+folder = sys.argv[1]
+pipe = diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+emb = torch.nn.functional.normalize(torch.ones(1, 512), dim=1)
+assert pipe(embeddings=emb, m=0., num_inference_steps=2, output_type="pt").images.isfinite().all()
+"""
+
+
+def test_the_shipped_folder_opens_in_diffusers_without_this_package(tmp_path):
+    folder = tmp_path/"generator"
+    shutil.copytree(WEIGHTS/"generator", folder, ignore=shutil.ignore_patterns("__*"))
+    away = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path/"modules")}
+    done = subprocess.run([sys.executable, "-c", SHIPPED, str(folder)], env=away, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_code_beside_the_shipped_weights_is_of_today(tmp_path):
+    shipped_pipeline().save_code(tmp_path)
+    for name in ("pipeline.py", "conditioner/cemiface.py", "recogniser/cemiface.py"):
+        assert (tmp_path/name).read_text() == (WEIGHTS/"generator"/name).read_text(), 'run shipped_pipeline().save_code(WEIGHTS/"generator")'
 
 
 def test_loading_runs_no_code_of_the_folder(pipe, given, tmp_path):

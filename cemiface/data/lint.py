@@ -29,7 +29,7 @@ from ..core.files import readable
 from .images import decode_image, FORMATS, list_folder, natural_key
 from .recordio import RecordFile, read_heads
 from .records import Encoded, Files, find_list, find_record, LIST_SUFFIXES, name_of, open_encoded, read_list, unread_lists
-from .pairs import is_pairs, open_pairs
+from .pairs import folds_of_one_kind, is_pairs, open_pairs
 
 # %% ../../nbs/data/07_lint.ipynb #90b25ac7
 RULES = {
@@ -67,6 +67,7 @@ RULES = {
     "repeated pair": ("warning", "the same pair again: it counts double in accuracy"),
     "image with itself": ("warning", "a pair of one image: it is always the same"),
     "uneven kinds": ("warning", "not half of the pairs are of one person: chance is not 50%"),
+    "folds of one kind": ("warning", "of the ten parts of a list, in its order: a fold's threshold comes from folds of the other kind; put both kinds into each tenth"),
 }
 
 # %% ../../nbs/data/07_lint.ipynb #8c2d9b69
@@ -338,6 +339,7 @@ def lint_pairs(
     def both(i): return f"pairs {original(i)} and {i}, from 0"
     kinds, one_kind, even = [f"{same.sum()} of {len(same)} are of one person"], same.all() or not same.any(), 2*same.sum() == len(same)
     findings = {"repeated pair": first(again, both), "contradiction": first(opposed, both), "few pairs": (int(len(same) < 10), [f"{len(same)} pairs"]),
+             "folds of one kind": (n := folds_of_one_kind(same), [f"{n} of 10 folds"]),
              "one kind": (int(one_kind), kinds), "uneven kinds": (int(not even and not one_kind), kinds),
              "image with itself": first(np.flatnonzero(pair[:, 0] == pair[:, 1]), lambda i: f"pair {i}, from 0: {p.where[pair[i, 0]]}")}
     return report(p.name, f"{len(p)} pairs of {len(p.images)} images", image_rules(facts, wrong, p.where.__getitem__, size) | findings)

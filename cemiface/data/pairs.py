@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PAIRS', 'MAX_STEPS', 'MAX_NESTING', 'PAIR_FORMS', 'read_plain_pickle', 'PairSet', 'pair_set', 'pixels_as_bmp',
-           'is_pairs', 'open_pairs', 'write_bin', 'write_pairs_folder', 'convert_pairs', 'pairs_fingerprint',
-           'PairImages', 'damaged_pairs', 'without_damaged']
+           'is_pairs', 'folds_of_one_kind', 'open_pairs', 'write_bin', 'write_pairs_folder', 'convert_pairs',
+           'pairs_fingerprint', 'PairImages', 'damaged_pairs', 'without_damaged']
 
 # %% ../../nbs/data/05_pairs.ipynb #2989dfaf
 import codecs
@@ -460,8 +460,13 @@ def _folder_list(path:Path)->Path:
     raise FileNotFoundError(f"{path} holds no pairs.txt or pairs.csv: " + (f"name {' or '.join(map(str, near[:3]))}" if near else "give a .bin file, or a folder with a list of its pairs; a labelled set goes to verify --data, which draws pairs"))
 
 # %% ../../nbs/data/05_pairs.ipynb #c3a7a7dc
+def folds_of_one_kind(issame:np.ndarray)->int: # bool [P]; of the protocol's ten
+    "How many folds hold pairs of one kind only. 0 where there is but one kind, or fewer than 100 pairs: chance alone could do that."
+    if len(issame) < 100 or issame.all() or not issame.any(): return 0
+    return sum(fold.all() or not fold.any() for fold in np.array_split(issame, 10))
+
 def _warn_of_odd(pairs:PairSet)->PairSet: # the same
-    "Count in a warning the pairs that can only mislead: of one image, repeated, or both same and different."
+    "Count in a warning what can only mislead: pairs of one image, repeated, or both same and different, and folds of one kind."
     first, alone, again, opposed = {}, [], [], []
     for i, (couple, same) in enumerate(zip(pairs.index.view(-1, 2).sort(1).values.tolist(), pairs.issame.tolist())):
         k, before = first.setdefault(tuple(couple), (i, same))
@@ -470,6 +475,8 @@ def _warn_of_odd(pairs:PairSet)->PairSet: # the same
     found = {"of one image twice": alone, "listed again": again, "listed again with the other label": opposed}
     lines = [f"{len(numbers)} {what} (the first is pair {numbers[0]}, from 0)" for what, numbers in found.items() if numbers]
     if lines: warnings.warn(f"{pairs.name}: of {len(pairs)} pairs, {', '.join(lines)}: data lint says more", stacklevel=3)
+    if n := folds_of_one_kind(pairs.issame.numpy()):
+        warnings.warn(f"{pairs.name}: {n} of the ten folds hold one kind of pair only, and get a threshold from folds of the other: put both kinds into each tenth of the list; data lint says more", stacklevel=3)
     return pairs
 
 # %% ../../nbs/data/05_pairs.ipynb #c3a7a7de

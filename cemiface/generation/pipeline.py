@@ -159,13 +159,16 @@ class CemiFacePipeline(OwnModels, DiffusionPipeline):
                               scheduler=scheduler)
         self.register_to_config(calibration=calibration, steps=steps)
 
+    def save_code(self, folder:str|Path)->None:
+        "Write what diffusers needs where this package is missing: the source of the pipeline and of its own models."
+        code = standalone(CemiFacePipeline).encode()
+        ours = [name for name in ("conditioner", "recogniser") if self.config[name][0] == "cemiface"]
+        for name in ("pipeline.py", *(f"{part}/cemiface.py" for part in ours)): write_whole(Path(folder)/name, code)
+
     def save_pretrained(self, folder:str|Path, **kwargs)->None:
-        "One folder a part; beside the weights the code that diffusers needs where this package is missing, and README.md, unless it is your own."
-        code, card = standalone(CemiFacePipeline).encode(), Path(folder)/"README.md"
-        files = ["pipeline.py",
-                 *(f"{name}/cemiface.py"
-                   for name in ("conditioner", "recogniser") if self.config[name][0] == "cemiface")]
-        for name in files: write_whole(Path(folder)/name, code)
+        "One folder a part; beside the weights the code of `save_code`, and README.md, unless it is your own."
+        self.save_code(folder)
+        card = Path(folder)/"README.md"
         if not card.is_file() or MARK in card.read_text(encoding="utf-8"): write_whole(card, model_card(self).encode())
         super().save_pretrained(folder, **kwargs)
 

@@ -9,7 +9,6 @@ __all__ = ['CALIBRATED', 'baseline_card', 'calibrate_shipped', 'with_fewer_style
 import json
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
 from safetensors.torch import save
 import torch
 
@@ -74,7 +73,7 @@ def pack(
     pipe.register_to_config(steps=p.steps)
     calibrate_shipped(study, pipe)
     for part in (pipe.unet, pipe.conditioner, pipe.recogniser): part.half()
-    DiffusionPipeline.save_pretrained(pipe, folder/"generator") # the weights alone, without pipeline code and model card
+    pipe.save_pretrained(folder/"generator")
     save_beside(dcface, folder/"dcface")
     for path in folder.rglob("*.json"): # where the parts were loaded from is nobody's business
         write_whole(path, json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}, indent=2).encode())
