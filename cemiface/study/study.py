@@ -128,22 +128,22 @@ class Study:
             sizes |= dict(source=_place(entry), data=entry.data, filter=self.user_recogniser("filter"), candidates=every or entry.subjects or sizes["candidates"])
         return self._task(Inquiries, recogniser=self.recogniser(), world=world, **sizes)
     def centres(self, kind): return self._task(Centres, recogniser=self.recogniser(), kind=kind, count=self.profile.set_subjects)
-    def generated(self, m, seed, inquiries=None, centres=None, runs=None, generator=None, per_subject=None): # runs: (subjects, images) pairs
+    def generated(self, m, seed, inquiries=None, centres=None, runs=None, generator=None, per_subject=None, steps=None): # runs: (subjects, images) pairs; steps: of the sampler
         p, other = self.profile, {k: v for k, v in dict(centres=centres, generator=generator).items() if v}
         sizes = dict(subjects=sum(n for n, _ in runs), per_subject=tuple(runs)) if runs else dict(subjects=p.set_subjects, per_subject=per_subject or p.set_per_subject)
-        return self._task(GeneratedSet, **self._drawn_by(m) | other, inquiries=inquiries or self.inquiries(), **sizes, oversample=0 if centres else p.oversample, steps=p.steps, m=m, seed=seed)
+        return self._task(GeneratedSet, **self._drawn_by(m) | other, inquiries=inquiries or self.inquiries(), **sizes, oversample=0 if centres else p.oversample, steps=steps or p.steps, m=m, seed=seed)
     def set_training(self, m, seed, student={}, **how): # student: settings that differ; how: as of `generated`
         usual = self.profile.student.backbone
         return self._training(seed, student, generated=self.generated(m, seed, **how), usual=usual if student.get("backbone", usual) != usual else None)
 
     @property
     def curve(self)->int: return self.profile.curve_per_subject or self.profile.set_per_subject # images of each subject in the sets of every m
-    def curve_training(self, m, seed): return self.set_training(m, seed, per_subject=self.curve)
+    def curve_training(self, m, seed, steps=None): return self.set_training(m, seed, per_subject=self.curve, steps=steps)
     def dynamics(self, m, seed): return self._training(seed, generated=self.generated(m, seed, per_subject=self.curve), each_epoch=True)
 
-    def samples(self, count, per_inquiry, ms, inquiries=None, **other): # other: a generator, centres
+    def samples(self, count, per_inquiry, ms, inquiries=None, steps=None, **other): # steps: of the sampler; other: a generator, centres
         return self._task(Samples, **self._drawn_by(ms[0]) | other, inquiries=inquiries or self.inquiries(), count=count,
-                          per_inquiry=per_inquiry, ms=ms, steps=self.profile.steps)
+                          per_inquiry=per_inquiry, ms=ms, steps=steps or self.profile.steps)
     def embedded(self, **source): return self._task(Embedded, recogniser=self.recogniser(), **source) # generated or faces
-    def control(self): return self.samples(self.profile.inquiries, 1, self.profile.control_ms)
-    def judged(self): return self._task(Judged, samples=self.control(), judge=self.real_training(), benchmarks=self.benchmarks())
+    def control(self, steps=None): return self.samples(self.profile.inquiries, 1, self.profile.control_ms, steps=steps)
+    def judged(self, steps=None): return self._task(Judged, samples=self.control(steps), judge=self.real_training(), benchmarks=self.benchmarks())
