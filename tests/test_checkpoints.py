@@ -354,7 +354,7 @@ def test_other_files(small, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"): read_tensors(tmp_path / "c.pth") # might unpack to anything
     with pytest.raises(FileNotFoundError, match="not a checkpoint: give a file"): read_tensors(tmp_path)
     with zipfile.ZipFile(tmp_path / "z.pth", "w") as z: z.writestr("a", "b")
-    with pytest.raises(ValueError, match="cannot be read.* is a packed file of a: unpack it"): read_tensors(tmp_path / "z.pth")
+    with pytest.raises(ValueError, match="cannot be read.* is a packed file that holds a: unpack it"): read_tensors(tmp_path / "z.pth")
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), str(tmp_path / "script.pt"))
     with pytest.raises(ValueError, match="is a TorchScript program"): read_tensors(tmp_path / "script.pt")
 

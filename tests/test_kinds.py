@@ -44,7 +44,7 @@ def torch_file(**how):
 
 @pytest.mark.parametrize("kind, data", [
     *[("an image", picture(form)) for form in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")],
-    ("a tar file", tar()), ("a packed file", bz2.compress(b"a")), ("a packed file of a, b", zipped("a", "b")), ("NumPy arrays", zipped("a.npy")), ("a TorchScript program", zipped("x/data.pkl", "x/constants.pkl")),
+    ("a tar file", tar()), ("a packed file", bz2.compress(b"a")), ("a packed file that holds a, b", zipped("a", "b")), ("NumPy arrays", zipped("a.npy")), ("a TorchScript program", zipped("x/data.pkl", "x/constants.pkl")),
     ("a PyTorch checkpoint", torch_file()), ("a PyTorch checkpoint", torch_file(_use_new_zipfile_serialization=False)), ("a safetensors file", save({"a": torch.zeros(2)})),
     *[("a pickle", pickle.dumps(([b"1", b"2"], [True]), protocol=p)) for p in (2, 3, 4, 5)],
     ("a record file", pack_image(b"12345678", 0)), ("an empty file", b""), ("a web page", b"\n <!doctype html>"), ("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\n")])

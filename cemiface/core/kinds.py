@@ -45,7 +45,7 @@ def zip_kind(
     except Exception: return "" # damaged
     if any(n.endswith("constants.pkl") for n in names): return "a TorchScript program"
     if any(n.endswith("data.pkl") for n in names): return CHECKPOINT
-    return "NumPy arrays (.npz)" if names and all(n.endswith(".npy") for n in names) else f"{PACKED} of {', '.join(names[:3])}"
+    return "NumPy arrays (.npz)" if names and all(n.endswith(".npy") for n in names) else f"{PACKED} that holds {', '.join(names[:3])}"
 
 # %% ../../nbs/core/07_kinds.ipynb #99387b19
 HOLDS = { # a file that lies in a folder: what the folder is

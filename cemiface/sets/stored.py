@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..core.kinds import mistaken
 from ..data.images import decode_image, encode_image
 from ..data.recordio import RecordFile
-from ..data.records import Files
+from ..data.records import check_finished, Files
 from ..data.faceset import FaceSet, Picked
 from ..generation.pipeline import CemiFacePipeline
 from .layout import checksum, filled, image_counts, image_file, manifest, read_note, set_batches
@@ -87,8 +87,7 @@ def open_set(out:str|Path, # a finished set of either form
             )->StoredSet:
     "ValueError if the set is not finished, or of another size."
     out = Path(out)
-    if (out/".shares").is_dir() and not (out/"set.json").is_file():
-        raise ValueError(f"{out} is not a finished set (no set.json): give the command again that began it, or cemiface set merge {out}")
+    check_finished(out)
     if not (out/"set.json").is_file(): raise ValueError(mistaken(out, "a finished set of cemiface generate (no set.json)", "give the folder of one"))
     if not (out/"manifest.csv").is_file(): raise ValueError(f"{out} is not a finished set (no manifest.csv): give the command again that began it")
     notes, table = read_note(out/"set.json"), read_manifest(out/"manifest.csv")
