@@ -208,7 +208,7 @@ def test_packed_weights_are_what_was_trained(killed, tmp_path, monkeypatch):
     assert torch.equal(load_file(tmp_path / "centres.safetensors")["centres"], centres.half())
     assert torch.allclose(pipe.scheduler.alphas_cumprod, trained.scheduler.alphas_cumprod)
     assert not any(str(killed[0]) in path.read_text() for path in tmp_path.rglob("*.json"))  # no path of the machine that packed it
-    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".safetensors"}  # the code is the package's own
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".safetensors", ".py", ".md"}  # code and card beside the generator's weights
     baseline, own = load_beside(tmp_path / "dcface", pipe), study.baseline().load()
     for name in ("unet", "conditioner", "bank"):
         assert all(torch.equal(a, b.half().float()) for a, b in zip(getattr(baseline, name).parameters(), getattr(own, name).parameters(), strict=True))
